@@ -1,0 +1,40 @@
+"""What every test shares: JAX on the CPU, double precision on request, the golden numbers."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# The first call of a jitted function compiles, which no deadline for an example allows for.
+hypothesis.settings.register_profile("jax", deadline=None)
+hypothesis.settings.load_profile("jax")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision, for this test only."""
+    if hasattr(jax, "enable_x64"):
+        enable = jax.enable_x64
+    else:  # jax < 0.8
+        from jax.experimental import enable_x64 as enable
+    with enable(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Numbers of the authors' published code: `golden("e2e_dense")` reads golden/e2e_dense.npz."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return load
