@@ -1,0 +1,68 @@
+"""Training sparse neural networks with adaptively corrected gradients, in JAX and Optax."""
+
+from agent_optax._diagnostics import diagnostics
+from agent_optax.correction import (
+    CorrectGradientsState,
+    agent,
+    constant,
+    correct_gradients,
+    gradient_regression,
+    history,
+    loss_regression,
+    refresh,
+    snapshot,
+    snapshot_params,
+    svrg,
+    value_and_grads,
+)
+from agent_optax.sparsity import (
+    SparsifyState,
+    active_masks,
+    erdos_renyi,
+    erk,
+    kernels,
+    mask_params,
+    rigl,
+    rigl_itop,
+    set_,
+    set_itop,
+    sparsify,
+    static,
+    top_k_mask,
+    uniform,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # Correction: which old gradient, and how much of it.
+    "correct_gradients",
+    "agent",
+    "svrg",
+    "snapshot",
+    "history",
+    "loss_regression",
+    "gradient_regression",
+    "constant",
+    "value_and_grads",
+    "refresh",
+    "snapshot_params",
+    # Sparsity: which weights are active.
+    "sparsify",
+    "static",
+    "set_",
+    "rigl",
+    "set_itop",
+    "rigl_itop",
+    "uniform",
+    "erdos_renyi",
+    "erk",
+    "kernels",
+    "top_k_mask",
+    "mask_params",
+    "active_masks",
+    # Both.
+    "diagnostics",
+    "CorrectGradientsState",
+    "SparsifyState",
+]

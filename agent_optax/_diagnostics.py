@@ -1,0 +1,64 @@
+"""What an optimizer state tells about correction and sparsity."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax.correction._find import find_corrections
+from agent_optax.sparsity._state import find_sparsify, mask_counts
+
+
+def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    r"""Scalars that say how correction and sparsity are doing; cheap, and works under jit.
+
+    Args:
+        opt_state: the state of an optimizer that holds `correct_gradients` or `sparsify`, at any depth; the first of
+            each is reported.
+
+    Returns:
+        A dictionary. From the correction: ``correlation``, the smoothed c before scaling; ``correction_weight``,
+        :math:`w = \gamma c`; ``variance_ratio``, the coefficient's own estimate of the variance of the corrected
+        gradient over that of the raw one (nan before anything is measured and for constant coefficients; for
+        `loss_regression` it is a stand-in computed from losses). From `sparsify`: ``sparsity``, the exact share of
+        inactive weights in pruned leaves; ``exploration_rate``, ITOP's :math:`R_s`, the share of weights that were ever
+        active; ``num_dropped`` and ``num_grown``, of the last topology update; ``num_topology_updates`` and
+        ``num_skipped_updates``.
+
+    Raises:
+        ValueError: if `opt_state` holds neither.
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp
+        >>> tx = agent_optax.sparsify(agent_optax.agent(0.1), agent_optax.rigl(), sparsity=0.75)
+        >>> report = agent_optax.diagnostics(tx.init(jnp.ones((4, 4))))
+        >>> float(report["sparsity"]), float(report["exploration_rate"]), float(report["correlation"])
+        (0.75, 0.25, 0.0)
+
+    References:
+        Liu et al., In-Time Over-Parameterization, ICML 2021, for the exploration rate.
+    """
+    report: dict[str, jax.Array] = {}
+    corrections = find_corrections(opt_state)
+    if corrections:
+        report["correlation"] = corrections[0].coefficient_state.correlation
+        report["correction_weight"] = corrections[0].correction_weight()
+        report["variance_ratio"] = corrections[0].variance_ratio()
+    sparse = find_sparsify(opt_state)
+    if sparse:
+        state = sparse[0]
+        num_active, size = mask_counts(state.masks)
+        num_explored, _ = mask_counts(state.masks if state.ever_active is None else state.ever_active)
+        report["sparsity"] = 1 - jnp.asarray(num_active, jnp.float32) / size
+        report["exploration_rate"] = jnp.asarray(num_explored, jnp.float32) / size
+        report["num_dropped"] = state.num_dropped
+        report["num_grown"] = state.num_grown
+        report["num_topology_updates"] = state.num_topology_updates
+        report["num_skipped_updates"] = state.num_skipped_updates
+    if not report:
+        raise ValueError(
+            "opt_state holds neither a correction nor a sparse optimizer: use agent_optax.correct_gradients, "
+            "agent_optax.agent or agent_optax.sparsify."
+        )
+    return report

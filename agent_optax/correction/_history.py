@@ -1,0 +1,113 @@
+"""The history memory: corrects with gradients that are already there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._tree import keep_finite
+from agent_optax._validation import check_fraction
+from agent_optax.correction._gradient_regression import GradientRegression, gradient_regression
+from agent_optax.correction._memory import Recalled
+
+
+class HistoryState(NamedTuple):
+    """State of `history`."""
+
+    previous_grads: optax.Updates  # like params: the gradient of the previous step
+    running_mean: optax.Updates  # like params: moving average of past gradients, not yet debiased
+    running_weight: jax.Array  # float32 []: the weight that running_mean has gathered, 1 - decay^t
+    previous_loss: jax.Array  # float32 []: the loss of the previous step, nan when `value` was not given
+
+    def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
+        """The previous gradient, and the mean of those before the current one."""
+        del grads, extra_args
+        is_known = self.running_weight > 0
+        weight = jnp.where(is_known, self.running_weight, 1)
+        return Recalled(
+            old_grads=self.previous_grads,
+            mean_grads=jax.tree.map(lambda m: (m / weight).astype(m.dtype), self.running_mean),
+            is_known=is_known,
+            old_loss=self.previous_loss,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """See `history`."""
+
+    decay: float
+
+    def init(self, params: optax.Params) -> HistoryState:
+        """No gradient has been seen."""
+        return HistoryState(
+            previous_grads=jax.tree.map(jnp.zeros_like, params),
+            running_mean=jax.tree.map(jnp.zeros_like, params),
+            running_weight=jnp.zeros((), jnp.float32),
+            previous_loss=jnp.full((), jnp.nan, jnp.float32),
+        )
+
+    def remember(
+        self,
+        memory_state: HistoryState,
+        grads: optax.Updates,
+        corrected: optax.Updates,
+        params: optax.Params | None,
+        extra_args: Mapping[str, Any],
+    ) -> HistoryState:
+        """Keeps the gradient and its moving average; entries that are not finite are passed over."""
+        del corrected, params
+
+        def average(grad: jax.Array, mean: jax.Array) -> jax.Array:
+            return keep_finite(self.decay * mean + (1 - self.decay) * grad, mean).astype(mean.dtype)
+
+        return HistoryState(
+            previous_grads=jax.tree.map(
+                lambda g, old: keep_finite(g, old).astype(old.dtype), grads, memory_state.previous_grads
+            ),
+            running_mean=jax.tree.map(average, grads, memory_state.running_mean),
+            running_weight=(self.decay * memory_state.running_weight + (1 - self.decay)).astype(jnp.float32),
+            previous_loss=jnp.asarray(extra_args.get("value", jnp.nan), jnp.float32),
+        )
+
+    def default_coefficient(self) -> GradientRegression:
+        """A coefficient that needs nothing but gradients."""
+        return gradient_regression()
+
+
+def history(decay: float = 0.99) -> History:
+    r"""The memory that needs no second gradient: the previous gradient and a running mean of past gradients.
+
+    .. math::
+        g_{old} = g_{t-1}, \qquad g_{mean} = m_{t-1}, \quad
+        m_t \propto \beta\, m_{t-1} + (1 - \beta)\, g_t
+
+    It makes `correct_gradients` a plain `optax.GradientTransformation`: its state carries the previous gradient and,
+    with the default coefficient, the running correlation of successive gradients. Successive minibatch gradients
+    correlate weakly, so expect little; it costs nothing but memory.
+
+    Args:
+        decay: :math:`\beta` of the running mean, in [0, 1). Default 0.99, about a hundred steps (ours).
+
+    Returns:
+        A memory for `agent_optax.correct_gradients`.
+
+    Raises:
+        ValueError: if `decay` is outside [0, 1).
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp, optax
+        >>> tx = optax.chain(agent_optax.correct_gradients(memory=agent_optax.history()), optax.sgd(0.1))
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.ones(3)}, state, params)
+        >>> float(updates["w"][0])
+        -0.10000000149011612
+    """
+    check_fraction("decay", decay, below_one=True, hint="a value such as 0.99 averages about a hundred steps")
+    return History(decay)

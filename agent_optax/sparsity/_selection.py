@@ -1,0 +1,97 @@
+"""Exact selection of the k largest scores, with reductions only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+    r"""A mask of the k largest scores: exactly k True, ties to the lowest flat index, no sort.
+
+    The k-th largest value is found by bisection on the bits of the scores, mapped to integers of the same order; each
+    of its steps is one count over the array. So the cost does not depend on k, nothing is gathered or sorted, and on a
+    sharded array only scalars cross the wire.
+
+    Args:
+        scores: [...] real numbers; nan ranks below everything else, -0.0 equals 0.0.
+        k: how many to select, 0 <= k <= scores.size; may be traced.
+
+    Returns:
+        bool [...], with exactly k entries True.
+
+    Raises:
+        ValueError: if `k` is a plain number outside 0 .. scores.size.
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp
+        >>> agent_optax.top_k_mask(jnp.array([3.0, 1.0, 3.0, 2.0]), 2)
+        Array([ True, False,  True, False], dtype=bool)
+    """
+    scores = jnp.asarray(scores)
+    if not isinstance(k, jax.Array) and not 0 <= k <= scores.size:
+        raise ValueError(f"k must lie between 0 and the number of scores, {scores.size}, got {k!r}.")
+    return select(scores, k)
+
+
+def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None = None) -> jax.Array:
+    """`top_k_mask` among the candidates, of which there must be at least k."""
+    ranks = _ranks(scores)
+    if candidates is not None:
+        ranks = jnp.where(candidates, ranks, 0)
+    k = jnp.asarray(k, jnp.int32)
+    threshold = _largest_with_count(lambda t: _count(ranks >= t), k, ranks.dtype)
+    above, tied = ranks > threshold, ranks == threshold
+    missing = k - _count(above)
+    return above | (tied & _first(tied, missing))
+
+
+def _ranks(scores: jax.Array) -> jax.Array:
+    """Unsigned integers >= 1 in the order of the scores."""
+    if jnp.issubdtype(scores.dtype, jnp.unsignedinteger):
+        return jnp.maximum(scores, 1).astype(jnp.promote_types(scores.dtype, jnp.uint32))
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    word = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+    sign = jnp.asarray(1 << (jnp.iinfo(word).bits - 1), word)
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, jnp.zeros_like(scores), scores), word)
+    return jnp.where(jnp.isnan(scores), 1, jnp.where(bits & sign != 0, ~bits, bits | sign)).astype(word)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+def _largest_with_count(count_from, k: jax.Array, word) -> jax.Array:
+    """The largest t with count_from(t) >= k, built bit by bit from the top; count_from falls as t grows."""
+
+    def body(i, t):
+        candidate = t | (jnp.asarray(1, word) << (jnp.iinfo(word).bits - 1 - i).astype(word))
+        return jnp.where(count_from(candidate) >= k, candidate, t)
+
+    return jax.lax.fori_loop(0, jnp.iinfo(word).bits, body, jnp.zeros((), word))
+
+
+def _first(tied: jax.Array, n: jax.Array) -> jax.Array:
+    """A mask of the flat positions up to the n-th True of `tied`; everything when n is all of them."""
+    position = _flat_position(tied.shape)
+
+    def cut(_):
+        bits = max(tied.size - 1, 1).bit_length()
+
+        def body(i, last):  # the largest position with fewer than n ties before it
+            candidate = last | (1 << (bits - 1 - i))
+            return jnp.where(_count(tied & (position < candidate)) < n, candidate, last)
+
+        return jax.lax.fori_loop(0, bits, body, jnp.zeros((), jnp.int32))
+
+    last = jax.lax.cond(_count(tied) == n, lambda _: jnp.asarray(tied.size, jnp.int32), cut, None)
+    return (position <= last) & (n > 0)
+
+
+def _flat_position(shape: tuple[int, ...]) -> jax.Array:
+    position = jnp.zeros(shape, jnp.int32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        position = position + stride * jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        stride *= shape[axis]
+    return position

@@ -1,0 +1,141 @@
+"""Which leaves are pruned, how densely, and the masks they start with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._tree import is_masked
+from agent_optax._validation import check_fraction
+from agent_optax.sparsity._distribution import Distribution
+from agent_optax.sparsity._selection import select
+
+NEVER_PRUNED = ("bias", "scale")  # of biases, and of normalisation layers in Flax
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path in a tree as text: 'Dense_0/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def kernels(params: optax.Params) -> Any:
+    """The default choice of leaves to prune: those with two axes or more that are no bias or normalisation scale.
+
+    Args:
+        params: a tree of arrays.
+
+    Returns:
+        A tree like `params` with True for each leaf of two or more axes whose name is not ``bias`` or ``scale``.
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp
+        >>> agent_optax.kernels({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)})
+        {'bias': False, 'kernel': True}
+    """
+
+    def is_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
+        return jnp.ndim(leaf) >= 2 and path_name(path).rsplit("/", 1)[-1] not in NEVER_PRUNED
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -> Any:
+    """A tree like `params` of bools; `where` is a callable or a tree, or a prefix of one, as in `optax.masked`."""
+    chosen = where(params) if callable(where) else where
+    try:
+        chosen = jax.tree.map(lambda c, subtree: jax.tree.map(lambda _: bool(c), subtree), chosen, params)
+    except ValueError as error:
+        raise ValueError(
+            "where= must be a tree of bools like params, or a callable that gives one; got "
+            f"{jax.tree.structure(chosen)} for parameters {jax.tree.structure(params)}."
+        ) from error
+    if jax.tree.leaves(params) and not any(jax.tree.leaves(chosen)):
+        raise ValueError(
+            "where= selects no leaf to prune. The default, agent_optax.kernels, takes leaves of two or more axes; "
+            "pass where=lambda params: jax.tree.map(lambda p: True, params) to prune every leaf."
+        )
+    for path, (pruned, leaf) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda c, p: (c, p), chosen, params), is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2
+    ):
+        if pruned and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"where= selects the leaf {path_name(path)} of dtype {jnp.result_type(leaf)}: only floating-point "
+                "leaves can be pruned."
+            )
+    return chosen
+
+
+def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution) -> list[tuple[str, float]]:
+    """The name and density of each pruned leaf, in the order of the leaves."""
+    pruned = [
+        (path, leaf)
+        for (path, leaf), c in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True)
+        if c
+    ]
+    names = [path_name(path) for path, _ in pruned]
+    if isinstance(sparsity, (int, float)):
+        return list(zip(names, distribution([jnp.shape(leaf) for _, leaf in pruned], float(sparsity)), strict=True))
+    per_leaf: list[Any]
+    if callable(sparsity):
+        per_leaf = [sparsity(name) for name in names]
+    else:
+        try:  # None and a leaf that is not pruned both stand for sparsity 0
+            tree = jax.tree.map(
+                lambda s, p: 0.0 if s is None else s, sparsity, params, is_leaf=lambda node: node is None
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                "sparsity must be a number, a callable on the leaf's path, or a tree like params with None where "
+                f"nothing is pruned; got {sparsity!r}."
+            ) from error
+        per_leaf = [s for s, c in zip(jax.tree.leaves(tree), jax.tree.leaves(chosen), strict=True) if c]
+    per_leaf = [0.0 if s is None else s for s in per_leaf]
+    for name, s in zip(names, per_leaf, strict=True):
+        check_fraction(f"sparsity of {name}", s, "it is the share of inactive weights, such as 0.9", below_one=True)
+    return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
+
+
+def start_masks(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution, key: jax.Array) -> Any:
+    """Random masks with exactly round(density * size) active weights; MaskedNode where nothing is pruned."""
+    densities_left = iter(densities(params, chosen, sparsity, distribution))
+    index = iter(range(len(jax.tree.leaves(params))))
+
+    def start_mask(c: bool, leaf: jax.Array) -> Any:
+        leaf_key = jax.random.fold_in(key, next(index))
+        if not c:
+            return optax.MaskedNode()
+        _, density = next(densities_left)
+        scores = jax.random.bits(leaf_key, leaf.shape, jnp.uint32)
+        return select(scores, round(density * math.prod(leaf.shape)))
+
+    return jax.tree.map(start_mask, chosen, params)
+
+
+def given_masks(params: optax.Params, masks: Any) -> Any:
+    """Checked copies of masks that a user gave, with MaskedNode for None."""
+
+    def check(path: tuple[Any, ...], mask: Any, leaf: Any) -> Any:
+        if mask is None or is_masked(mask):
+            return optax.MaskedNode()
+        if jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) not in (jnp.bool_, jnp.uint8, jnp.int8):
+            raise ValueError(
+                f"masks= must be boolean and shaped like params, but for {path_name(path)} the mask is "
+                f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the leaf {list(jnp.shape(leaf))}. "
+                "Use None where nothing is pruned."
+            )
+        return jnp.array(mask, dtype=bool)
+
+    try:
+        return jax.tree_util.tree_map_with_path(check, masks, params, is_leaf=lambda x: x is None or is_masked(x))
+    except ValueError as error:
+        if "masks= must" in str(error):
+            raise
+        raise ValueError(
+            f"masks= must be a tree like params, with None where nothing is pruned; got {jax.tree.structure(masks)} "
+            f"for parameters {jax.tree.structure(params)}."
+        ) from error
