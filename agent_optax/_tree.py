@@ -47,3 +47,8 @@ def select_active(tree: optax.Updates, active_masks: optax.Params | None) -> opt
     return jax.tree.map(
         lambda mask, x: x if is_masked(mask) else jnp.where(mask, x, 0), active_masks, tree, is_leaf=is_masked
     )
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """bool []: whether every entry of every leaf is finite."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], dtype=bool))

@@ -31,10 +31,12 @@ def map_corrections(
     fn: Callable[[CorrectGradientsState, Any], CorrectGradientsState],
     opt_state: optax.OptState,
     view: Any = None,
+    moves_points: bool = False,
 ) -> optax.OptState:
     """Applies ``fn(state, view)`` to each correction; `view` tells how it stores parameters.
 
-    A wrapper that stores them in its own way has a method ``storage_view`` and a field ``inner_state``.
+    A wrapper that stores them in its own way has a method ``storage_view``, a field ``inner_state``, and a method
+    ``points_moved`` that is told when `fn` has moved the points of evaluation (``moves_points=True``).
     """
     view = DenseView() if view is None else view
 
@@ -42,7 +44,8 @@ def map_corrections(
         if isinstance(node, CorrectGradientsState):
             return fn(node, view)
         if hasattr(node, "storage_view"):
-            return node._replace(inner_state=map_corrections(fn, node.inner_state, node.storage_view()))
+            node = node._replace(inner_state=map_corrections(fn, node.inner_state, node.storage_view(), moves_points))
+            return node.points_moved() if moves_points else node
         return node
 
     return jax.tree.map(visit, opt_state, is_leaf=_stops)

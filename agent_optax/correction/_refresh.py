@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import conform, statistics_dtype
+from agent_optax._tree import all_finite, conform, statistics_dtype
 from agent_optax.correction._evaluate import evaluation_point
 from agent_optax.correction._find import find_corrections, map_corrections
 from agent_optax.correction._state import CorrectGradientsState
@@ -171,7 +171,9 @@ def _finish(params, opt_state, sums, losses, old_losses):
             memory_state=memory_state.refreshed(view.gather(params), mean_grads),
         )
 
-    return map_corrections(renew, opt_state)
+    usable = all_finite(sums) & jnp.all(jnp.isfinite(losses))
+    renewed = map_corrections(renew, opt_state, moves_points=True)
+    return jax.tree.map(lambda new, old: new if new is old else jnp.where(usable, new, old), renewed, opt_state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -36,23 +36,25 @@ class SnapshotState(NamedTuple):
         return self.snapshot
 
     def refreshed(self, params: optax.Params, mean_grads: optax.Updates) -> SnapshotState:
-        """The snapshot moves to `params`; nothing changes when the new mean gradient is not finite."""
-        params, mean_grads = conform(params, self.snapshot), conform(mean_grads, self.snapshot)
-        finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(mean_grads)]))
+        """The snapshot moves to `params`."""
 
-        def move(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(finite, new.astype(old.dtype), old)
+        def moved(new: optax.Params, old: optax.Params) -> optax.Params:
+            return jax.tree.map(lambda n, o: n.astype(o.dtype), conform(new, old), old)
 
         return SnapshotState(
-            snapshot=jax.tree.map(move, params, self.snapshot),
-            mean_grads=jax.tree.map(move, mean_grads, self.mean_grads),
-            is_refreshed=self.is_refreshed | finite,
+            snapshot=moved(params, self.snapshot),
+            mean_grads=moved(mean_grads, self.mean_grads),
+            is_refreshed=jnp.ones_like(self.is_refreshed),
         )
 
     def after_growth(self, reset: SnapshotState) -> SnapshotState:
-        """A change of topology leaves the snapshot with its old mask, so that E[g_old] stays g~."""
+        """Dense storage: nothing changes. The snapshot keeps its old mask, so that E[g_old] stays g~."""
         del reset
         return self
+
+    def after_move(self, moved: SnapshotState) -> SnapshotState:
+        """Compact storage: the mean gradient follows the active weights, the snapshot keeps its old ones."""
+        return moved._replace(snapshot=self.snapshot)
 
 
 @dataclasses.dataclass(frozen=True)
