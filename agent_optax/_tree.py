@@ -50,5 +50,5 @@ def select_active(tree: optax.Updates, active_masks: optax.Params | None) -> opt
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """bool []: whether every entry of every leaf is finite."""
+    """Whether every entry of every leaf is finite, as one bool."""
     return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], dtype=bool))
