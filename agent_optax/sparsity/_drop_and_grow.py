@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax.sparsity._selection import select
+from agent_optax.sparsity._selection import random_scores, select
 from agent_optax.sparsity._topology import Layer, UpdateTimes, fraction_at, num_dropped
 
 Score = Callable[[Layer, jax.Array], jax.Array]  # (layer, key) -> scores of the layer's shape
@@ -29,7 +29,7 @@ def gradient_magnitude(layer: Layer, key: jax.Array) -> jax.Array:
 
 def at_random(layer: Layer, key: jax.Array) -> jax.Array:
     """A uniform random number for each position."""
-    return jax.random.bits(key, layer.mask.shape, jnp.uint32)
+    return random_scores(key, layer.weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,11 @@ def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None =
     return above | (tied & _first(tied, missing))
 
 
+def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:
+    """A uniform random number for each entry of `like`, sharded as `like` is."""
+    return jnp.zeros_like(like, dtype=jnp.uint32) | jax.random.bits(key, jnp.shape(like), jnp.uint32)
+
+
 def _ranks(scores: jax.Array) -> jax.Array:
     """Unsigned integers >= 1 in the order of the scores."""
     if jnp.issubdtype(scores.dtype, jnp.unsignedinteger):

@@ -13,7 +13,7 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax._validation import check_fraction
 from agent_optax.sparsity._distribution import Distribution
-from agent_optax.sparsity._selection import select
+from agent_optax.sparsity._selection import random_scores, select
 
 NEVER_PRUNED = ("bias", "scale")  # of biases, and of normalisation layers in Flax
 
@@ -110,8 +110,7 @@ def start_masks(params: optax.Params, chosen: Any, sparsity: Any, distribution: 
         if not c:
             return optax.MaskedNode()
         _, density = next(densities_left)
-        scores = jax.random.bits(leaf_key, leaf.shape, jnp.uint32)
-        return select(scores, round(density * math.prod(leaf.shape)))
+        return select(random_scores(leaf_key, leaf), round(density * math.prod(leaf.shape)))
 
     return jax.tree.map(start_mask, chosen, params)
 
@@ -128,7 +127,7 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
                 f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the leaf {list(jnp.shape(leaf))}. "
                 "Use None where nothing is pruned."
             )
-        return jnp.array(mask, dtype=bool)
+        return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
 
     try:
         return jax.tree_util.tree_map_with_path(check, masks, params, is_leaf=lambda x: x is None or is_masked(x))
