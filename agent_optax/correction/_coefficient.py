@@ -44,6 +44,10 @@ class Coefficient(Protocol):
         """Returns the state for these parameters."""
         ...
 
+    def prepare(self, coefficient_state: Any) -> Any:
+        """Returns the state as a step finds it: with what settings and schedules say now."""
+        ...
+
     def observe(
         self,
         coefficient_state: Any,
@@ -51,7 +55,7 @@ class Coefficient(Protocol):
         recalled: Recalled,
         extra_args: Mapping[str, Any],
     ) -> Any:
-        """Returns the state after a step; the step itself used the state from before."""
+        """Returns the state after a step; the step itself used the state from `prepare`."""
         ...
 
 
@@ -88,11 +92,15 @@ class ConstantState(NamedTuple):
 class Constant:
     """See `constant`."""
 
-    c: float
+    c: float | jax.Array
 
     def init(self, params: optax.Params) -> ConstantState:
         """Starts at c."""
         return ConstantState(correlation=jnp.asarray(self.c, statistics_dtype(params)))
+
+    def prepare(self, coefficient_state: ConstantState) -> ConstantState:
+        """The c of now: `optax.inject_hyperparams` may have changed it."""
+        return ConstantState(correlation=jnp.asarray(self.c, coefficient_state.correlation.dtype))
 
     def observe(
         self,
@@ -103,12 +111,10 @@ class Constant:
     ) -> ConstantState:
         """Nothing is learnt from a step."""
         del grads, recalled, extra_args
-        return coefficient_state._replace(
-            correlation=jnp.asarray(self.c, coefficient_state.correlation.dtype),
-        )
+        return coefficient_state
 
 
-def constant(c: float) -> Constant:
+def constant(c: float | jax.Array) -> Constant:
     """The same coefficient at every step.
 
     .. math::
@@ -118,7 +124,7 @@ def constant(c: float) -> Constant:
     "Fixed c" of the paper's ablation (Table 6).
 
     Args:
-        c: the coefficient, no unit.
+        c: the coefficient, no unit; a number, or an array under `optax.inject_hyperparams`.
 
     Returns:
         A coefficient for `agent_optax.correct_gradients`.

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import check_floating, select_active, statistics_dtype
+from agent_optax._tree import check_floating, conform, select_active, statistics_dtype
 from agent_optax._validation import check_number
 from agent_optax.correction._coefficient import Coefficient
 from agent_optax.correction._memory import Memory
@@ -30,14 +30,17 @@ def correct_gradients(
     corrected gradient, as in the paper.
 
     Args:
-        memory: `snapshot()` (default; a second gradient a step) or `history()` (none).
-        coefficient: `loss_regression()`, `gradient_regression()` or `constant(c)`. Default: `loss_regression()`, the
-            paper's, for the snapshot, and `gradient_regression()` for `history`, which sees no losses.
+        memory: `snapshot()` (default) or `recursion()`, with a second gradient a step; `snapshot(cached_batches=N)`,
+            `table(N)` or `history()`, with none.
+        coefficient: `loss_regression()`, `gradient_regression()`, `constant(c)` or `scheduled(schedule)`. Default:
+            `loss_regression()`, the paper's, for the snapshot, and `gradient_regression()` for other memories.
         scaling: :math:`\gamma`, no unit. Default 0.1 (the paper); take 1.0 with `gradient_regression`.
 
     Returns:
-        A `optax.GradientTransformationExtraArgs`. With the snapshot, `update` needs ``old_grads=``, a tree like the
-        gradient, as `value_and_grads` gives it; other extra arguments are accepted and ignored.
+        A `optax.GradientTransformationExtraArgs`. What `update` needs depends on the memory: ``old_grads=``, a tree
+        like the gradient, as `value_and_grads` gives it (snapshot, recursion); `params` (recursion); ``batch_index=``
+        (table, cached snapshot). `loss_regression` needs ``value=`` and ``old_value=`` where there is no refresh. Other
+        extra arguments are accepted and ignored.
 
     Raises:
         ValueError: if `scaling` is not finite; from `update`, if an extra argument is missing.
@@ -83,17 +86,22 @@ def correct_gradients(
         active_masks: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, CorrectGradientsState]:
-        state = state._replace(correction_scaling=jnp.asarray(scaling, state.correction_scaling.dtype))
+        state = state._replace(
+            coefficient_state=choosing.prepare(state.coefficient_state),
+            correction_scaling=jnp.asarray(scaling, state.correction_scaling.dtype),
+        )
+        if active_masks is not None:
+            active_masks = conform(active_masks, updates)
+        grads = select_active(updates, active_masks)
         recalled = state.memory_state.recall(updates, extra_args)
-        corrected = state.correct(updates, recalled)
-        observed = recalled._replace(
+        # Inactive entries take no part: neither in inner products nor in what the chain does next, such as clipping.
+        recalled = recalled._replace(
             old_grads=select_active(recalled.old_grads, active_masks),
             mean_grads=select_active(recalled.mean_grads, active_masks),
         )
-        coefficient_state = choosing.observe(
-            state.coefficient_state, select_active(updates, active_masks), observed, extra_args
-        )
-        memory_state = remembering.remember(state.memory_state, updates, corrected, params, extra_args)
+        corrected = state.correct(grads, recalled)
+        coefficient_state = choosing.observe(state.coefficient_state, grads, recalled, extra_args)
+        memory_state = remembering.remember(state.memory_state, grads, corrected, params, extra_args)
         return corrected, state._replace(memory_state=memory_state, coefficient_state=coefficient_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

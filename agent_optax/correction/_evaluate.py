@@ -17,19 +17,45 @@ def evaluation_point(opt_state: optax.OptState, params: optax.Params) -> optax.P
 
     Parameters that no memory covers (hidden by `optax.masked` or `optax.partition`) stay as in `params`.
     """
+
+    def point_of(memory_state: Any) -> optax.Params | None:
+        return memory_state.evaluation_point() if hasattr(memory_state, "evaluation_point") else None
+
+    return _merged_points(opt_state, params, point_of)
+
+
+def snapshot_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params | None:
+    """The dense parameters at which the snapshots in `opt_state` lie; None when there is no snapshot."""
+    return _merged_points(opt_state, params, lambda memory_state: getattr(memory_state, "snapshot", None))
+
+
+def _merged_points(
+    opt_state: optax.OptState, params: optax.Params, point_of: Callable[[Any], optax.Params | None]
+) -> optax.Params | None:
     points = []
 
-    def collect(state, view):
-        if hasattr(state.memory_state, "evaluation_point"):
-            points.append(view.scatter_point(state.memory_state.evaluation_point()))
+    def collect(state: Any, view: Any) -> Any:
+        point = point_of(state.memory_state)
+        if point is not None:
+            points.append(view.scatter_point(point, params))
         return state
 
     map_corrections(collect, opt_state)
     if not points:
         return None
+    merged = jax.tree.map(lambda _: optax.MaskedNode(), params)
     for point in points:
-        params = jax.tree.map(lambda old, p: p if is_masked(old) else old, point, params, is_leaf=is_masked)
-    return params
+        merged = jax.tree.map(_only_one, point, merged, is_leaf=is_masked)
+    return jax.tree.map(lambda old, p: p if is_masked(old) else old, merged, params, is_leaf=is_masked)
+
+
+def _only_one(point: Any, other: Any) -> Any:
+    if is_masked(point) or is_masked(other):
+        return other if is_masked(point) else point
+    raise ValueError(
+        "two corrections in opt_state want the old gradient of the same parameter, each at its own old parameters, "
+        "but update is given one old gradient. Keep one of them, or give each its own parameters with optax.partition."
+    )
 
 
 def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
@@ -39,8 +65,8 @@ def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Calla
         \ell(B_t|\theta_t),\ g_{new} = \nabla\ell(B_t|\theta_t),\
         \ell(B_t|\theta_{old}),\ g_{old} = \nabla\ell(B_t|\theta_{old})
 
-    What is needed is read off the optimizer state: a snapshot memory asks for a second gradient; `history`, or an
-    optimizer with no correction at all, for none.
+    What is needed is read off the optimizer state: `snapshot` and `recursion` ask for a second gradient; `table`, a
+    snapshot with `cached_batches`, `history`, or an optimizer with no correction at all, for none.
 
     Args:
         loss_fn: ``loss_fn(params, *args) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. The old gradient is
@@ -55,6 +81,7 @@ def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Calla
 
     Raises:
         TypeError: from `jax.value_and_grad`, when the loss is not a real scalar.
+        ValueError: from the function, when two corrections want old gradients of the same parameter.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp

@@ -18,8 +18,9 @@ class DenseView:
         """From dense parameters to the storage of the correction."""
         return tree
 
-    def scatter_point(self, tree: Any) -> Any:
-        """From the storage of the correction, as it was when the memory moved, to dense parameters."""
+    def scatter_point(self, tree: Any, params: Any) -> Any:
+        """From the storage of the correction, as it was when the memory moved, to dense ones like `params`."""
+        del params
         return tree
 
 

@@ -68,6 +68,10 @@ class GradientRegression:
             gradient_moments=jnp.zeros((size, 3), dtype),
         )
 
+    def prepare(self, coefficient_state: GradientRegressionState) -> GradientRegressionState:
+        """The coefficient comes from the steps before this one."""
+        return coefficient_state
+
     def observe(
         self,
         coefficient_state: GradientRegressionState,

@@ -104,6 +104,11 @@ class LossRegression:
             correlation_bounds=unit_interval(self.clip, dtype),
         )
 
+    def prepare(self, coefficient_state: LossRegressionState) -> LossRegressionState:
+        """With the smoothing of now."""
+        dtype = coefficient_state.loss_smoothing.dtype
+        return coefficient_state._replace(loss_smoothing=jnp.asarray(self.smoothing, dtype))
+
     def observe(
         self,
         coefficient_state: LossRegressionState,
@@ -114,12 +119,14 @@ class LossRegression:
         """Memories that know an old loss at each step feed moving averages; the snapshot is fed by `refresh`."""
         del grads
         state = coefficient_state
-        state = state._replace(loss_smoothing=jnp.asarray(self.smoothing, state.loss_smoothing.dtype))
-        if recalled.old_loss is None:
+        if recalled.told_by_refresh:
             return state
         dtype = state.correlation.dtype
         loss = jnp.asarray(required(extra_args, "value", "..., coefficient=loss_regression()"), dtype)
-        old_loss = jnp.asarray(recalled.old_loss, dtype)
+        old_loss = recalled.old_loss
+        if old_loss is None:
+            old_loss = required(extra_args, "old_value", "..., coefficient=loss_regression()")
+        old_loss = jnp.asarray(old_loss, dtype)
         moments = state.loss_moments
         weight = self.decay * moments.moments_weight + (1 - self.decay)
         rate = (1 - self.decay) / weight  # debiased: the first pair counts in full

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from agent_optax._tree import all_finite, conform, statistics_dtype
-from agent_optax.correction._evaluate import evaluation_point
+from agent_optax.correction._evaluate import snapshot_point
 from agent_optax.correction._find import find_corrections, map_corrections
+from agent_optax.correction._rows import put_row
 from agent_optax.correction._state import CorrectGradientsState
 
 
@@ -31,7 +32,8 @@ def refresh(
         \tilde\theta \leftarrow \theta_t, \qquad
         \tilde g \leftarrow \frac1N \sum_i \nabla\ell(B_i|\tilde\theta)
 
-    The losses at the old snapshot are evaluated only when the coefficient regresses losses.
+    The losses at the old snapshot are evaluated only when the coefficient regresses losses, and are not already
+    cached. With ``snapshot(cached_batches=N)`` the pass must have exactly N batches, and keeps their gradients.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. Auxiliary output
@@ -49,7 +51,8 @@ def refresh(
         finite the snapshot stays where it was.
 
     Raises:
-        ValueError: if `opt_state` has no snapshot to refresh, or `batches` is empty or of unequal sizes.
+        ValueError: if `opt_state` has no snapshot to refresh; if `batches` is empty, of unequal sizes, or of another
+            number than the snapshot caches.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp
@@ -73,6 +76,7 @@ def refresh(
         )
     if _is_stacked(batches):
         _check_stacked(batches)
+        _check_cached(opt_state, jax.tree.leaves(batches)[0].shape[0])
         return _scan_pass(loss_fn, has_aux, params, opt_state, batches)
     return _host_pass(loss_fn, has_aux, params, opt_state, batches)
 
@@ -96,7 +100,7 @@ def snapshot_params(opt_state: optax.OptState, params: optax.Params) -> optax.Pa
         >>> agent_optax.snapshot_params(opt_state, jnp.zeros(2))
         Array([1., 1.], dtype=float32)
     """
-    point = evaluation_point(opt_state, params)
+    point = snapshot_point(opt_state, params)
     if point is None:
         raise ValueError(
             "opt_state holds no snapshot. Build the optimizer with "
@@ -124,6 +128,17 @@ def _check_stacked(batches: Any) -> None:
         )
 
 
+def _check_cached(opt_state: optax.OptState, num_batches: int, is_lower_bound: bool = False) -> None:
+    for state in _refreshable(opt_state):
+        cached = state.memory_state.num_cached_batches()
+        if cached is not None and (cached < num_batches if is_lower_bound else cached != num_batches):
+            raise ValueError(
+                f"the refresh pass has {'at least ' if is_lower_bound else ''}{num_batches} batches, but the memory is "
+                f"snapshot(cached_batches={cached}). Pass exactly the {cached} batches of an epoch, in the order that "
+                "batch_index counts, or build the optimizer with cached_batches set to their number."
+            )
+
+
 def _sums_like(params: optax.Params, opt_state: optax.OptState) -> list[optax.Updates]:
     """Zeros for the sum of gradients of each refreshable memory, in the memory's own storage, at least float32."""
     return [
@@ -134,41 +149,56 @@ def _sums_like(params: optax.Params, opt_state: optax.OptState) -> list[optax.Up
     ]
 
 
+def _needs_old_losses(state: CorrectGradientsState) -> bool:
+    """Whether the losses at the old snapshot have to be evaluated; those of cached batches are known."""
+    return state.memory_state.num_cached_batches() is None and state.coefficient_state.needs_loss_pairs()
+
+
 def _add_batch(loss_fn, has_aux, params, opt_state, sums, batch):
-    """Adds one batch to the sums of gradients; returns its loss here and at the old snapshot."""
+    """Adds one batch to the sums of gradients.
+
+    Returns the sums; the gradients to keep, for each memory that caches; the loss here and at the old snapshot.
+    """
     output, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch)
     loss = output[0] if has_aux else output
-    if any(state.coefficient_state.needs_loss_pairs() for state in _refreshable(opt_state)):
-        old_output = loss_fn(evaluation_point(opt_state, params), batch)
+    if any(_needs_old_losses(state) for state in _refreshable(opt_state)):
+        old_output = loss_fn(snapshot_point(opt_state, params), batch)
         old_loss = old_output[0] if has_aux else old_output
     else:
         old_loss = loss
-    added = []
+    added, kept = [], []
     remaining = list(sums)
 
     def add(state, view):
         if hasattr(state.memory_state, "refreshed"):
             total = remaining.pop(0)
-            added.append(jax.tree.map(lambda t, g: t + g, total, conform(view.gather(grads), total)))
+            batch_grads = conform(view.gather(grads), total)
+            added.append(jax.tree.map(lambda t, g: t + g, total, batch_grads))
+            if state.memory_state.num_cached_batches() is not None:
+                rows = state.memory_state.cached_grads
+                kept.append(jax.tree.map(lambda g, row: g.astype(row.dtype), batch_grads, rows))
         return state
 
     map_corrections(add, opt_state)
     dtype = statistics_dtype(params)
-    return added, (loss.astype(dtype), old_loss.astype(dtype))
+    return added, kept, (loss.astype(dtype), old_loss.astype(dtype))
 
 
-def _finish(params, opt_state, sums, losses, old_losses):
+def _finish(params, opt_state, sums, rows, losses, old_losses):
     """The refreshed state: the coefficient first, while the snapshot is still the old one."""
-    remaining = list(sums)
+    remaining, remaining_rows = list(sums), list(rows)
 
     def renew(state, view):
         if not hasattr(state.memory_state, "refreshed"):
             return state
         memory_state = state.memory_state
+        is_caching = memory_state.num_cached_batches() is not None
+        old = memory_state.cached_losses if is_caching else old_losses
         mean_grads = jax.tree.map(lambda t: t / losses.shape[0], remaining.pop(0))
+        batch_grads = remaining_rows.pop(0) if is_caching else None
         return state._replace(
-            coefficient_state=state.coefficient_state.refreshed(losses, old_losses, ~memory_state.is_refreshed),
-            memory_state=memory_state.refreshed(view.gather(params), mean_grads),
+            coefficient_state=state.coefficient_state.refreshed(losses, old, ~memory_state.is_refreshed),
+            memory_state=memory_state.refreshed(view.gather(params), mean_grads, batch_grads, losses),
         )
 
     usable = all_finite(sums) & jnp.all(jnp.isfinite(losses))
@@ -179,19 +209,31 @@ def _finish(params, opt_state, sums, losses, old_losses):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scan_pass(loss_fn, has_aux, params, opt_state, batches):
     def body(sums, batch):
-        return _add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+        sums, rows, losses = _add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+        return sums, (rows, losses)  # rows are outputs, not carried: a carried table is copied at every turn
 
-    sums, (losses, old_losses) = jax.lax.scan(body, _sums_like(params, opt_state), batches)
-    return _finish(params, opt_state, sums, losses, old_losses)
+    sums, (rows, (losses, old_losses)) = jax.lax.scan(body, _sums_like(params, opt_state), batches)
+    return _finish(params, opt_state, sums, rows, losses, old_losses)
 
 
-_jit_add_batch = jax.jit(_add_batch, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, batch, index):
+    sums, kept, pair = _add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+    return sums, [put_row(table, row, index) for table, row in zip(rows, kept, strict=True)], pair
+
+
 _jit_finish = jax.jit(_finish)
 
 
 def _host_pass(loss_fn, has_aux, params, opt_state, batches: Iterable[Any]):
     sums, pairs, shapes = _sums_like(params, opt_state), [], None
+    rows = [
+        jax.tree.map(jnp.zeros_like, state.memory_state.cached_grads)
+        for state in _refreshable(opt_state)
+        if state.memory_state.num_cached_batches() is not None
+    ]
     for index, batch in enumerate(batches):
+        _check_cached(opt_state, index + 1, is_lower_bound=True)
         batch_shapes = jax.tree.map(np.shape, batch)
         if shapes is None:
             shapes = batch_shapes
@@ -200,9 +242,10 @@ def _host_pass(loss_fn, has_aux, params, opt_state, batches: Iterable[Any]):
                 f"batches must be of equal size for their mean to be the mean over samples: batch 0 has shapes "
                 f"{shapes}, batch {index} has {batch_shapes}. Drop the remainder of the data set, or pad it."
             )
-        sums, pair = _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+        sums, rows, pair = _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, batch, jnp.asarray(index))
         pairs.append(pair)
     if not pairs:
         raise ValueError("refresh got no batch: the iterator is empty, or was used up by an earlier pass.")
+    _check_cached(opt_state, len(pairs))
     losses, old_losses = (jnp.stack(column) for column in zip(*pairs, strict=True))
-    return _jit_finish(params, opt_state, sums, losses, old_losses)
+    return _jit_finish(params, opt_state, sums, rows, losses, old_losses)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import conform
+from agent_optax._validation import check_positive_int
+from agent_optax.correction._cached_snapshot import CachedSnapshot, moved
 from agent_optax.correction._loss_regression import LossRegression, loss_regression
-from agent_optax.correction._memory import Recalled, required
+from agent_optax.correction._memory import Recalled, required_old_grads
 
 
 class SnapshotState(NamedTuple):
@@ -25,36 +26,39 @@ class SnapshotState(NamedTuple):
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
         """The gradient of this batch at the snapshot, and the mean gradient there."""
         return Recalled(
-            old_grads=conform(required(extra_args, "old_grads", "snapshot()"), grads),
+            old_grads=required_old_grads(extra_args, "snapshot()", grads),
             mean_grads=self.mean_grads,
             is_known=self.is_refreshed,
-            old_loss=None,  # refresh feeds all pairs of a pass at once
+            old_loss=None,
+            told_by_refresh=True,  # all pairs of losses of a pass at once
         )
 
     def evaluation_point(self) -> optax.Params:
         """The parameters at which `value_and_grads` evaluates the old gradient."""
         return self.snapshot
 
-    def refreshed(self, params: optax.Params, mean_grads: optax.Updates) -> SnapshotState:
+    def num_cached_batches(self) -> int | None:
+        """Refresh passes may have any number of batches."""
+        return None
+
+    def refreshed(
+        self, params: optax.Params, mean_grads: optax.Updates, batch_grads: optax.Updates | None, losses: jax.Array
+    ) -> SnapshotState:
         """The snapshot moves to `params`."""
-
-        def moved(new: optax.Params, old: optax.Params) -> optax.Params:
-            return jax.tree.map(lambda n, o: n.astype(o.dtype), conform(new, old), old)
-
+        del batch_grads, losses
         return SnapshotState(
             snapshot=moved(params, self.snapshot),
             mean_grads=moved(mean_grads, self.mean_grads),
             is_refreshed=jnp.ones_like(self.is_refreshed),
         )
 
-    def after_growth(self, reset: SnapshotState) -> SnapshotState:
-        """Dense storage: nothing changes. The snapshot keeps its old mask, so that E[g_old] stays g~."""
-        del reset
-        return self
+    def dense_fields(self) -> tuple[str, ...]:
+        """The fields that `sparsify` leaves alone under dense storage: the old mask stays, so E[g_old] stays g~."""
+        return ("snapshot", "mean_grads")
 
-    def after_move(self, moved: SnapshotState) -> SnapshotState:
-        """Compact storage: the mean gradient follows the active weights, the snapshot keeps its old ones."""
-        return moved._replace(snapshot=self.snapshot)
+    def point_fields(self) -> tuple[str, ...]:
+        """The fields that keep their own active weights under compact storage."""
+        return ("snapshot",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Snapshot:
         return loss_regression()
 
 
-def snapshot() -> Snapshot:
+def snapshot(cached_batches: int | None = None) -> Snapshot | CachedSnapshot:
     r"""The memory of SVRG and of AGENT (Algorithm 1): a snapshot of the parameters and the mean gradient there.
 
     .. math::
@@ -97,15 +101,45 @@ def snapshot() -> Snapshot:
     `agent_optax.value_and_grads` computes. `agent_optax.refresh`, once an epoch, moves the snapshot to the current
     parameters; until the first refresh nothing is corrected. The state holds two copies of the parameters.
 
+    With `cached_batches` the refresh pass keeps the gradient and the loss of each of its batches, and a step needs one
+    gradient only: `update` takes the position of its batch in that pass as the extra argument ``batch_index=``, an
+    int or a traced integer scalar. The estimate is the same, provided that batches are the same in each epoch, in any
+    order, with no random augmentation or dropout; a traced index out of range corrects nothing. The refresh pass need
+    not evaluate losses at the old snapshot either. The state grows by one gradient a batch.
+
+    Args:
+        cached_batches: the number of batches of an epoch, and of each refresh pass; None (default) caches nothing.
+
     Returns:
         A memory for `agent_optax.correct_gradients`.
 
+    Raises:
+        ValueError: if `cached_batches` is not a positive whole number; from `update`, if ``old_grads`` or
+            ``batch_index`` is missing, or ``batch_index`` is known to be out of range; from `agent_optax.refresh`, if
+            the pass has another number of batches.
+
     Example:
-        >>> import agent_optax, optax
+        >>> import agent_optax, jax, jax.numpy as jnp, optax
         >>> tx = optax.chain(agent_optax.correct_gradients(memory=agent_optax.snapshot()), optax.sgd(0.1))
+
+        One gradient a step, with the gradients of the refresh pass kept:
+
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> memory = agent_optax.snapshot(cached_batches=4)
+        >>> tx = agent_optax.correct_gradients(memory, agent_optax.constant(1.0), scaling=1.0)
+        >>> params, batches = jnp.ones(3), jax.random.normal(jax.random.key(0), (4, 8, 3))
+        >>> opt_state = agent_optax.refresh(loss_fn, params, tx.init(params), batches)
+        >>> (value, grads), extras = agent_optax.value_and_grads(loss_fn)(params, opt_state, batches[2])
+        >>> sorted(extras)
+        ['value']
+        >>> estimate, opt_state = tx.update(grads, opt_state, params, batch_index=2, **extras)
 
     References:
         Johnson & Zhang, Accelerating Stochastic Gradient Descent using Predictive Variance Reduction, NeurIPS 2013.
         Lei et al., Balance is Essence, CPAL 2024 (https://arxiv.org/abs/2301.03573).
     """
-    return Snapshot()
+    if cached_batches is None:
+        return Snapshot()
+    check_positive_int("cached_batches", cached_batches, "it is the number of batches of an epoch; None caches nothing")
+    return CachedSnapshot(cached_batches)
