@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -114,6 +114,8 @@ def _refreshable(opt_state: optax.OptState) -> list[CorrectGradientsState]:
 
 
 def _is_stacked(batches: Any) -> bool:
+    if isinstance(batches, Iterator):  # JAX warns of one as a leaf
+        return False
     leaves = jax.tree.leaves(batches)
     return bool(leaves) and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves)
 
