@@ -19,11 +19,13 @@ class ExactDifferenceState(NamedTuple):
     """State of `difference` with ``exact=True``."""
 
     last_params: optax.Params  # like params: theta_{t-1}
+    has_last: optax.Params  # like params, bool: False for entries that begin anew (the first step, growth)
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
-        """The gradient of this batch one step ago; at the first step it is the gradient itself."""
+        """The gradient of this batch one step ago."""
+        old_grads = required_old_grads(extra_args, "difference(exact=True)", grads)
         return Recalled(
-            old_grads=required_old_grads(extra_args, "difference(exact=True)", grads),
+            old_grads=jax.tree.map(jnp.where, self.has_last, old_grads, grads),
             mean_grads=grads,
             is_known=jnp.asarray(True),
             old_loss=extra_args.get("old_value"),
@@ -32,6 +34,18 @@ class ExactDifferenceState(NamedTuple):
     def evaluation_point(self) -> optax.Params:
         """The parameters at which `value_and_grads` evaluates the old gradient."""
         return self.last_params
+
+    def dense_fields(self) -> tuple[str, ...]:
+        """The fields that `sparsify` leaves alone under dense storage: the point keeps its own mask."""
+        return ("last_params",)
+
+    def point_fields(self) -> tuple[str, ...]:
+        """The fields that keep their own active weights under compact storage."""
+        return ("last_params",)
+
+    def moves_every_step(self) -> bool:
+        """The point moves with each step, not with `refresh`."""
+        return True
 
 
 class DifferenceState(NamedTuple):
@@ -57,8 +71,11 @@ class ExactDifference:
     """See `difference`."""
 
     def init(self, params: optax.Params) -> ExactDifferenceState:
-        """Where the first step finds no difference."""
-        return ExactDifferenceState(last_params=jax.tree.map(jnp.copy, params))
+        """No step has been taken: the first one is not corrected."""
+        return ExactDifferenceState(
+            last_params=jax.tree.map(jnp.copy, params),
+            has_last=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params),
+        )
 
     def remember(
         self,
@@ -74,7 +91,8 @@ class ExactDifference:
         return ExactDifferenceState(  # arrays of their own: params may be donated
             last_params=jax.tree.map(
                 lambda p, old: keep_finite(p, old).astype(old.dtype), params, memory_state.last_params
-            )
+            ),
+            has_last=jax.tree.map(jnp.ones_like, memory_state.has_last),
         )
 
     def default_coefficient(self) -> Constant:

@@ -28,8 +28,9 @@ class MemoryState(Protocol):
     """The state of a memory; a NamedTuple with these methods.
 
     A memory that wants the gradient of the current batch at other parameters has a method ``evaluation_point()``; one
-    that `refresh` moves has ``refreshed(...)`` and ``num_cached_batches()``, as `SnapshotState`; one that takes more
-    than a reset when weights grow has ``after_growth(reset)``.
+    that `refresh` moves has ``refreshed(...)`` and ``num_cached_batches()``, as `SnapshotState`. When weights grow,
+    `sparsify` sets their entries to the value from `Memory.init`, but for the fields that ``dense_fields()`` and
+    ``point_fields()`` name; ``moves_every_step()`` tells that those points move with each step.
     """
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:

@@ -21,7 +21,8 @@ class TableState(NamedTuple):
     """State of `table`; N is the number of batches.
 
     Ages count steps. They tell, for every entry and whatever the order of batches, whether a row was written since
-    the entry began: a weight that grows begins anew, with age 0 and empty rows.
+    the entry began. A weight that grows begins anew, with age 0 and sum 0; what its rows hold from before counts as
+    zero, so that they need not be cleared, which would cost as much as a pass over the table.
     """
 
     table_grads: optax.Updates  # like params with a leading axis [N]: the gradient of each batch when last seen
@@ -40,13 +41,25 @@ class TableState(NamedTuple):
         def mean(total: jax.Array, age: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.where(age > oldest, total / num_written, row)
 
-        row = take_row(self.table_grads, index)
+        row = self.written_row(index)
         return Recalled(
             old_grads=row,
             mean_grads=jax.tree.map(mean, self.table_sum, self.entry_age, row),
             is_known=is_row & (self.row_age[index] >= 0),
             old_loss=self.row_loss[index],
         )
+
+    def written_row(self, index: jax.Array) -> optax.Updates:
+        """A row, with zero for the entries that began after it was written."""
+        return jax.tree.map(
+            lambda row, age: jnp.where(age > self.row_age[index], row, 0),
+            take_row(self.table_grads, index),
+            self.entry_age,
+        )
+
+    def dense_fields(self) -> tuple[str, ...]:
+        """The fields that `sparsify` leaves alone under dense storage: the ages know which rows count."""
+        return ("table_grads",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +87,17 @@ class Table:
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> TableState:
-        """Writes the row of this batch; the row stays when an entry of the gradient is not finite."""
+        """Writes the row of this batch; entries that are not finite, even when summed, are passed over."""
         del corrected, params
         state = memory_state
         index, is_row = current_row(extra_args, self.num_batches, f"table({self.num_batches})")
-        is_usable = is_row & _finite_sums(grads, self.num_batches)
-        old_row = take_row(state.table_grads, index)
-        row = jax.tree.map(lambda g, old: jnp.where(is_usable, g.astype(old.dtype), old), grads, old_row)
+        old_row = state.written_row(index)
+
+        def write(grad: jax.Array, old: jax.Array, total: jax.Array) -> jax.Array:
+            is_usable = is_row & jnp.isfinite(grad.astype(total.dtype) * self.num_batches)
+            return jnp.where(is_usable, grad.astype(old.dtype), old)
+
+        row = jax.tree.map(write, grads, old_row, state.table_sum)
 
         def replace(total: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
             return total + (new.astype(total.dtype) - old.astype(total.dtype))
@@ -92,22 +109,13 @@ class Table:
             table_grads=put_row(state.table_grads, row, index),
             table_sum=jax.tree.map(replace, state.table_sum, row, old_row),
             entry_age=jax.tree.map(lambda age: age + 1, state.entry_age),
-            row_age=row_age.at[index].set(jnp.where(is_usable, 0, row_age[index])),
-            row_loss=state.row_loss.at[index].set(jnp.where(is_usable, keep_finite(loss, old_loss), old_loss)),
+            row_age=row_age.at[index].set(jnp.where(is_row, 0, row_age[index])),
+            row_loss=state.row_loss.at[index].set(jnp.where(is_row, keep_finite(loss, old_loss), old_loss)),
         )
 
     def default_coefficient(self) -> GradientRegression:
         """A coefficient that needs nothing but gradients."""
         return gradient_regression()
-
-
-def _finite_sums(grads: optax.Updates, num_batches: int) -> jax.Array:
-    """Whether rows of this size can be summed over the table."""
-    finite = [
-        jnp.all(jnp.isfinite(g.astype(jnp.promote_types(g.dtype, jnp.float32)) * num_batches))
-        for g in jax.tree.leaves(grads)
-    ]
-    return jnp.all(jnp.asarray(finite, dtype=bool))
 
 
 def table(num_batches: int) -> Table:
@@ -122,8 +130,8 @@ def table(num_batches: int) -> Table:
     be the same in each epoch, in any order.
 
     A batch that was never seen is not corrected: in the first epoch, nothing is. A weight that `sparsify` grows is
-    corrected when every batch of S has been seen since, and not before, because its rows are empty. A step whose
-    gradient is not finite leaves the table as it is, and so does a traced `batch_index` out of range. `loss_regression`
+    corrected when every batch of S has been seen since, and not before. Entries of a gradient that are not finite
+    leave the row as it is; a traced `batch_index` out of range corrects nothing and writes nothing. `loss_regression`
     is fed step by step, with the loss of the batch when it was last seen.
 
     The state holds N gradients, and two numbers a weight (float32 and int32).
