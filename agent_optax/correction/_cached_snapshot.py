@@ -87,13 +87,14 @@ class CachedSnapshot:
     def remember(
         self,
         memory_state: CachedSnapshotState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> CachedSnapshotState:
         """A step leaves the snapshot alone; only `refresh` moves it."""
-        del grads, corrected, params, extra_args
+        del recalled, grads, corrected, params, extra_args
         return memory_state
 
     def default_coefficient(self) -> LossRegression:

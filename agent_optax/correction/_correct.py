@@ -101,7 +101,7 @@ def correct_gradients(
         )
         corrected = state.correct(grads, recalled)
         coefficient_state = choosing.observe(state.coefficient_state, grads, recalled, extra_args)
-        memory_state = remembering.remember(state.memory_state, grads, corrected, params, extra_args)
+        memory_state = remembering.remember(state.memory_state, recalled, grads, corrected, params, extra_args)
         return corrected, state._replace(memory_state=memory_state, coefficient_state=coefficient_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

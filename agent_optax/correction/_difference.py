@@ -80,13 +80,14 @@ class ExactDifference:
     def remember(
         self,
         memory_state: ExactDifferenceState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> ExactDifferenceState:
         """Keeps the parameters; an entry that is not finite stays as it was."""
-        del grads, corrected, extra_args
+        del recalled, grads, corrected, extra_args
         params = required_params(params, "difference(exact=True)")
         return ExactDifferenceState(  # arrays of their own: params may be donated
             last_params=jax.tree.map(
@@ -115,13 +116,14 @@ class Difference:
     def remember(
         self,
         memory_state: DifferenceState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> DifferenceState:
         """Keeps the gradient; entries that are not finite are passed over."""
-        del corrected, params
+        del recalled, corrected, params
         return DifferenceState(
             last_grads=jax.tree.map(
                 lambda g, old: keep_finite(g, old).astype(old.dtype), grads, memory_state.last_grads

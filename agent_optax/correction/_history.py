@@ -55,13 +55,14 @@ class History:
     def remember(
         self,
         memory_state: HistoryState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> HistoryState:
         """Keeps the gradient and its moving average; entries that are not finite are passed over."""
-        del corrected, params
+        del recalled, corrected, params
 
         def average(grad: jax.Array, mean: jax.Array) -> jax.Array:
             return keep_finite(self.decay * mean + (1 - self.decay) * grad, mean).astype(mean.dtype)

@@ -22,6 +22,7 @@ class Recalled(NamedTuple):
     is_known: jax.Array  # bool []: False until the memory has something to recall
     old_loss: jax.Array | None  # float []: the loss that belongs to old_grads; None when nobody told it
     told_by_refresh: bool = False  # whether refresh, and not each step, feeds the coefficient and counts its time
+    written: Any = None  # what the memory has written already, for its own `Memory.remember`
 
 
 class MemoryState(Protocol):
@@ -48,12 +49,13 @@ class Memory(Protocol):
     def remember(
         self,
         memory_state: Any,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> Any:
-        """Returns the memory after a step with gradient `grads` and estimate `corrected`."""
+        """Returns the memory after a step that recalled this, with gradient `grads` and estimate `corrected`."""
         ...
 
     def default_coefficient(self) -> Any:

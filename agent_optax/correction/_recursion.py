@@ -66,13 +66,14 @@ class Recursion:
     def remember(
         self,
         memory_state: RecursionState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> RecursionState:
         """Keeps the parameters and the corrected gradient; an entry that is not finite begins anew."""
-        del grads, extra_args
+        del recalled, grads, extra_args
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return keep_finite(new, old).astype(old.dtype)  # an array of its own: params may be donated

@@ -20,42 +20,49 @@ from agent_optax.correction._rows import current_row, empty_rows, put_row, take_
 class TableState(NamedTuple):
     """State of `table`; N is the number of batches.
 
+    A new row is written to the free place, and the place of the old row becomes free: XLA then writes in place, where
+    it would copy the whole table if a row were read and overwritten in one step.
+
     Ages count steps. They tell, for every entry and whatever the order of batches, whether a row was written since
-    the entry began. A weight that grows begins anew, with age 0 and sum 0; what its rows hold from before counts as
-    zero, so that they need not be cleared, which would cost as much as a pass over the table.
+    the entry began. An entry begins anew, with age 0 and sum 0, when its weight grows or its gradient is not finite.
+    What its rows hold from before does not count, so nothing has to clear them.
     """
 
-    table_grads: optax.Updates  # like params with a leading axis [N]: the gradient of each batch when last seen
-    table_sum: optax.Updates  # like params, at least float32: the sum of table_grads over batches
+    table_grads: optax.Updates  # like params with a leading axis [N + 1]: a gradient of each batch, and a free place
+    table_sum: optax.Updates  # like params, at least float32: the sum of the rows that count
     entry_age: optax.Params  # like params, int32: steps since the entry began
+    row_place: jax.Array  # int32 [N]: the place of the row of each batch
+    free_place: jax.Array  # int32 []: the place that holds no row
     row_age: jax.Array  # int32 [N]: steps since the row was written; -1: never written
     row_loss: jax.Array  # float [N]: the loss of each batch when last seen; nan: never told
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
         """The row of this batch, and the mean over the rows written so far."""
-        del grads
-        index, is_row = current_row(extra_args, self.row_age.shape[0], f"table({self.row_age.shape[0]})")
+        num_batches = self.row_age.shape[0]
+        index, is_row = current_row(extra_args, num_batches, f"table({num_batches})")
         num_written = jnp.maximum(jnp.sum(self.row_age >= 0), 1)
         oldest = jnp.max(self.row_age)
+        new_row = jax.tree.map(lambda g, total: jnp.where(self.counts(g, total), g, 0), grads, self.table_sum)
+        table_grads = put_row(self.table_grads, new_row, self.free_place)
+
+        def old(row: jax.Array, age: jax.Array) -> jax.Array:
+            return jnp.where(age > self.row_age[index], row, 0)
 
         def mean(total: jax.Array, age: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.where(age > oldest, total / num_written, row)
 
-        row = self.written_row(index)
+        old_row = jax.tree.map(old, take_row(table_grads, self.row_place[index]), self.entry_age)
         return Recalled(
-            old_grads=row,
-            mean_grads=jax.tree.map(mean, self.table_sum, self.entry_age, row),
+            old_grads=old_row,
+            mean_grads=jax.tree.map(mean, self.table_sum, self.entry_age, old_row),
             is_known=is_row & (self.row_age[index] >= 0),
             old_loss=self.row_loss[index],
+            written=table_grads,
         )
 
-    def written_row(self, index: jax.Array) -> optax.Updates:
-        """A row, with zero for the entries that began after it was written."""
-        return jax.tree.map(
-            lambda row, age: jnp.where(age > self.row_age[index], row, 0),
-            take_row(self.table_grads, index),
-            self.entry_age,
-        )
+    def counts(self, grad: jax.Array, total: jax.Array) -> jax.Array:
+        """Whether entries are finite, even when summed over the table."""
+        return jnp.isfinite(grad.astype(total.dtype) * self.row_age.shape[0])
 
     def dense_fields(self) -> tuple[str, ...]:
         """The fields that `sparsify` leaves alone under dense storage: the ages know which rows count."""
@@ -70,47 +77,49 @@ class Table:
 
     def init(self, params: optax.Params) -> TableState:
         """No batch has been seen."""
-        dtype = statistics_dtype(params)
         return TableState(
-            table_grads=empty_rows(params, self.num_batches),
+            table_grads=empty_rows(params, self.num_batches + 1),
             table_sum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params),
             entry_age=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int32), params),
+            row_place=jnp.arange(self.num_batches, dtype=jnp.int32),
+            free_place=jnp.asarray(self.num_batches, jnp.int32),
             row_age=jnp.full((self.num_batches,), -1, jnp.int32),
-            row_loss=jnp.full((self.num_batches,), jnp.nan, dtype),
+            row_loss=jnp.full((self.num_batches,), jnp.nan, statistics_dtype(params)),
         )
 
     def remember(
         self,
         memory_state: TableState,
+        recalled: Recalled,
         grads: optax.Updates,
         corrected: optax.Updates,
         params: optax.Params | None,
         extra_args: Mapping[str, Any],
     ) -> TableState:
-        """Writes the row of this batch; entries that are not finite, even when summed, are passed over."""
+        """The new row takes the place of the old one."""
         del corrected, params
         state = memory_state
         index, is_row = current_row(extra_args, self.num_batches, f"table({self.num_batches})")
-        old_row = state.written_row(index)
 
-        def write(grad: jax.Array, old: jax.Array, total: jax.Array) -> jax.Array:
-            is_usable = is_row & jnp.isfinite(grad.astype(total.dtype) * self.num_batches)
-            return jnp.where(is_usable, grad.astype(old.dtype), old)
+        def add(total: jax.Array, grad: jax.Array, old: jax.Array) -> jax.Array:
+            replaced = total + jnp.where(is_row, grad.astype(old.dtype).astype(total.dtype) - old, 0)
+            return jnp.where(state.counts(grad, total), replaced, 0)
 
-        row = jax.tree.map(write, grads, old_row, state.table_sum)
+        def grow_older(age: jax.Array, grad: jax.Array, total: jax.Array) -> jax.Array:
+            return jnp.where(state.counts(grad, total), age + 1, 0)
 
-        def replace(total: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-            return total + (new.astype(total.dtype) - old.astype(total.dtype))
+        def set_row(values: jax.Array, new: jax.Array) -> jax.Array:
+            return values.at[index].set(jnp.where(is_row, new, values[index]))
 
-        row_age = jnp.where(state.row_age >= 0, state.row_age + 1, -1)
         loss = jnp.asarray(extra_args.get("value", jnp.nan), state.row_loss.dtype)
-        old_loss = state.row_loss[index]
         return TableState(
-            table_grads=put_row(state.table_grads, row, index),
-            table_sum=jax.tree.map(replace, state.table_sum, row, old_row),
-            entry_age=jax.tree.map(lambda age: age + 1, state.entry_age),
-            row_age=row_age.at[index].set(jnp.where(is_row, 0, row_age[index])),
-            row_loss=state.row_loss.at[index].set(jnp.where(is_row, keep_finite(loss, old_loss), old_loss)),
+            table_grads=recalled.written,
+            table_sum=jax.tree.map(add, state.table_sum, grads, recalled.old_grads),
+            entry_age=jax.tree.map(grow_older, state.entry_age, grads, state.table_sum),
+            row_place=set_row(state.row_place, state.free_place),
+            free_place=jnp.where(is_row, state.row_place[index], state.free_place),
+            row_age=set_row(jnp.where(state.row_age >= 0, state.row_age + 1, -1), jnp.zeros((), jnp.int32)),
+            row_loss=set_row(state.row_loss, keep_finite(loss, state.row_loss[index])),
         )
 
     def default_coefficient(self) -> GradientRegression:
@@ -130,11 +139,11 @@ def table(num_batches: int) -> Table:
     be the same in each epoch, in any order.
 
     A batch that was never seen is not corrected: in the first epoch, nothing is. A weight that `sparsify` grows is
-    corrected when every batch of S has been seen since, and not before. Entries of a gradient that are not finite
-    leave the row as it is; a traced `batch_index` out of range corrects nothing and writes nothing. `loss_regression`
-    is fed step by step, with the loss of the batch when it was last seen.
+    corrected when every batch of S has been seen since, and not before; so is a weight whose gradient was not finite.
+    A traced `batch_index` out of range corrects nothing and writes nothing. `loss_regression` is fed step by step, with
+    the loss of the batch when it was last seen.
 
-    The state holds N gradients, and two numbers a weight (float32 and int32).
+    The state holds N + 1 gradients, and two numbers a weight (float32 and int32).
 
     Args:
         num_batches: N, the batches of an epoch, at least 1.
