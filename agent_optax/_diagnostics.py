@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from agent_optax.correction._find import find_corrections
-from agent_optax.sparsity._state import find_sparsify, mask_counts
+from agent_optax.sparsity._state import find_sparsify
 
 
 def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -48,10 +47,8 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     sparse = find_sparsify(opt_state)
     if sparse:
         state = sparse[0]
-        num_active, size = mask_counts(state.masks)
-        num_explored, _ = mask_counts(state.masks if state.ever_active is None else state.ever_active)
-        report["sparsity"] = 1 - jnp.asarray(num_active, jnp.float32) / size
-        report["exploration_rate"] = jnp.asarray(num_explored, jnp.float32) / size
+        report["sparsity"] = state.sparsity()
+        report["exploration_rate"] = state.exploration_rate()
         report["num_dropped"] = state.num_dropped
         report["num_grown"] = state.num_grown
         report["num_topology_updates"] = state.num_topology_updates

@@ -11,11 +11,20 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax._validation import check_fraction
+from agent_optax.sparsity._compact import (
+    as_dense_updates,
+    check_compact,
+    compact_start,
+    compact_update,
+    follow_points,
+    likely_extra_args,
+)
+from agent_optax.sparsity._dense import dense_start, dense_update
 from agent_optax.sparsity._distribution import Distribution, erk
-from agent_optax.sparsity._growth_reset import reset_grown
+from agent_optax.sparsity._rewiring import SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState, apply_masks
-from agent_optax.sparsity._topology import Layer, Topology
-from agent_optax.sparsity._where import given_masks, kernels, prunable, start_masks
+from agent_optax.sparsity._topology import Topology
+from agent_optax.sparsity._where import given_counts, given_masks, kernels, prunable, random_masks, start_counts
 
 
 def sparsify(
@@ -25,9 +34,11 @@ def sparsify(
     sparsity: Any = None,
     distribution: Distribution = erk,
     where: Any = kernels,
+    storage: Literal["dense", "compact"] = "dense",
     key: int | jax.Array = 0,
     masks: Any = None,
     grow_by: Literal["raw", "corrected"] = "raw",
+    dense_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes any optimizer sparse: wholly inside Optax, with nothing to call after the step.
 
@@ -50,10 +61,17 @@ def sparsify(
         distribution: shares `sparsity` among leaves: `erk` (default, as in the paper), `erdos_renyi`, `uniform`, or any
             function of shapes and sparsity. A leaf gets exactly ``round(density * size)`` active weights.
         where: the leaves to prune: a callable on params, or a tree of bools. Default `kernels`.
+        storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds one-dimensional arrays of
+            the active entries, so that momentum, moments, snapshots and tables shrink with the density, and a step
+            costs what its active weights cost. That needs an inner optimizer that treats each entry alike (muon and
+            adafactor do not), and exactly sparse parameters from the start: call `mask_params`. Weights grown since
+            the last refresh are not corrected until the next.
         key: seeds the start masks and random growth; an int or a JAX random key.
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
             is pruned. `sparsity`, `distribution` and `where` are not used then.
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
+        dense_updates: whether compact storage returns arrays like params, for another transformation or wrapper that
+            computes with them, in place of nodes that hold the active entries and add themselves to a parameter.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`; its update needs `params`, and hands extra arguments on to `inner`.
@@ -88,20 +106,39 @@ def sparsify(
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
     if grow_by not in ("raw", "corrected"):
         raise ValueError(f"grow_by must be 'raw' or 'corrected', got {grow_by!r}.")
+    if storage not in ("dense", "compact"):
+        raise ValueError(f"storage must be 'dense' or 'compact', got {storage!r}.")
+    if storage == "compact" and grow_by == "corrected":
+        raise ValueError(
+            "grow_by='corrected' needs the corrected gradient of inactive weights, which storage='compact' does not "
+            "hold: use grow_by='raw' or storage='dense'."
+        )
     key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
     key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    inner = optax.with_extra_args_support(inner)
+    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, grow_by)
+    is_checked: set[Any] = set()
 
     def init(params: optax.Params) -> SparsifyState:
         mask_key, topology_key = jax.random.split(key)
         if masks is not None and jax.tree.leaves(params):
             active = given_masks(params, masks)
+            counts = given_counts(masks) if storage == "compact" else None
         else:
-            active = start_masks(params, prunable(params, where), sparsity, distribution, mask_key)
+            counts = start_counts(params, prunable(params, where), sparsity, distribution)
+            active = random_masks(params, counts, mask_key)
+        sparse_params = apply_masks(active, params)
+        if storage == "compact":
+            check(params, active, likely_extra_args(params), is_last_chance=False)
+            active_weights = compact_start(active, topology.is_static, counts)
+            inner_state = optimizer.inner.init(active_weights.gather(sparse_params))
+            active_weights = follow_points(active_weights, inner_state)
+        else:
+            active_weights = dense_start(active, topology.is_static)
+            inner_state = optimizer.inner.init(sparse_params)
         return SparsifyState(
-            inner_state=inner.init(apply_masks(active, params)),
-            masks=active,
-            ever_active=None if topology.is_static else jax.tree.map(jnp.copy, active),
+            inner_state=inner_state,
+            active_weights=active_weights,
+            num_prunable=jnp.asarray(sum(mask.size for mask in jax.tree.leaves(active)), jnp.float32),
             topology_key=jax.random.key_data(topology_key),
             topology_step=jnp.zeros((), jnp.int32),
             num_dropped=jnp.zeros((), jnp.int32),
@@ -110,96 +147,30 @@ def sparsify(
             num_skipped_updates=jnp.zeros((), jnp.int32),
         )
 
+    def check(params: optax.Params, active: Any, extra_args: dict[str, Any], is_last_chance: bool) -> None:
+        """Looks at the inner optimizer once for each kind of parameters: at init, or when it needs more arguments."""
+        kind = (jax.tree.structure(params), *(jnp.shape(p) for p in jax.tree.leaves(params)))
+        if kind in is_checked:
+            return
+        pruned = [i for i, m in enumerate(jax.tree.leaves(active, is_leaf=is_masked)) if not is_masked(m)]
+        try:
+            check_compact(optimizer.inner, params, pruned, extra_args)
+        except Exception as error:
+            if is_last_chance or "storage=" in str(error):
+                raise
+            return
+        is_checked.add(kind)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SparsifyState]:
         if params is None:
             raise ValueError("sparsify needs the parameters: call tx.update(grads, opt_state, params, ...).")
-        grads = updates
-        growth_grads = _corrected(grads, state.inner_state, extra_args) if grow_by == "corrected" else grads
-        updates, inner_state = inner.update(
-            apply_masks(state.masks, grads), state.inner_state, params, active_masks=state.masks, **extra_args
-        )
-        state = state._replace(inner_state=inner_state, topology_step=state.topology_step + 1)
-        kept = state.masks
-        if not topology.is_static:
-
-            def rewire(state: SparsifyState) -> tuple[SparsifyState, Any]:
-                return _rewire(topology, inner, state, updates, params, grads, growth_grads)
-
-            state, kept = jax.lax.cond(
-                topology.is_due(state.topology_step), rewire, lambda state: (state, state.masks), state
-            )
-        return _masked_updates(kept, updates, params), state
+        state = state._replace(topology_step=state.topology_step + 1)
+        if storage == "dense":
+            return dense_update(optimizer, updates, state, params, extra_args)
+        check(params, state.active_weights.indices, extra_args, is_last_chance=True)
+        updates, state = compact_update(optimizer, updates, state, params, extra_args)
+        return (as_dense_updates(updates, params) if dense_updates else updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _masked_updates(kept: Any, updates: optax.Updates, params: optax.Params) -> optax.Updates:
-    """The update where a weight stays active, -p elsewhere, in the parameter's dtype."""
-
-    def masked(mask: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-        return u if is_masked(mask) else jnp.where(mask, u.astype(p.dtype), -p)
-
-    return jax.tree.map(masked, kept, updates, params, is_leaf=is_masked)
-
-
-def _corrected(grads: optax.Updates, inner_state: optax.OptState, extra_args: dict[str, Any]) -> optax.Updates:
-    """The dense corrected gradient, from the state in which `inner` finds it."""
-    is_correction = lambda node: hasattr(node, "correct") and hasattr(node, "memory_state")  # noqa: E731
-    states = [node for node in jax.tree.leaves(inner_state, is_leaf=is_correction) if is_correction(node)]
-    if len(states) != 1:
-        raise ValueError(
-            f"grow_by='corrected' needs exactly one correct_gradients inside the inner optimizer, found {len(states)}. "
-            "Use grow_by='raw', or put agent_optax.correct_gradients into the chain."
-        )
-    return states[0].correct(grads, states[0].memory_state.recall(grads, extra_args))
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
-
-
-def _rewire(
-    topology: Topology,
-    inner: optax.GradientTransformationExtraArgs,
-    state: SparsifyState,
-    updates: optax.Updates,
-    params: optax.Params,
-    grads: optax.Updates,
-    growth_grads: optax.Updates,
-) -> tuple[SparsifyState, Any]:
-    """A topology update on the new weights: the new state, and the weights that were active and stay so."""
-    new_params = optax.apply_updates(params, _masked_updates(state.masks, updates, params))
-    layers = []
-
-    def collect(mask: Any, weights: jax.Array, grad: jax.Array, ever: Any) -> None:
-        if not is_masked(mask):
-            layers.append(Layer(weights, mask, grad, ever))
-
-    jax.tree.map(collect, state.masks, new_params, growth_grads, state.ever_active, is_leaf=is_masked)
-    usable = _all_finite([layer.grads for layer in layers]) & _all_finite([layer.weights for layer in layers])
-    key = jax.random.wrap_key_data(state.topology_key)
-    next_key, key = jax.random.split(key)
-    new_masks = topology.rewire(layers, state.topology_step, key)
-    new_masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(new_masks, layers, strict=True)]
-
-    treedef = jax.tree.structure(state.masks)
-    masks = treedef.unflatten(new_masks)
-    kept = jax.tree.map(jnp.logical_and, masks, state.masks)
-    grown = jax.tree.map(lambda new, old: new & ~old, masks, state.masks)
-    count = lambda tree: sum((jnp.sum(m, dtype=jnp.int32) for m in jax.tree.leaves(tree)), jnp.zeros((), jnp.int32))  # noqa: E731
-    return (
-        state._replace(
-            inner_state=reset_grown(inner, state.inner_state, apply_masks(masks, new_params), grown),
-            masks=masks,
-            ever_active=jax.tree.map(jnp.logical_or, state.ever_active, masks),
-            topology_key=jax.random.key_data(next_key),
-            num_dropped=count(jax.tree.map(lambda new, old: old & ~new, masks, state.masks)),
-            num_grown=count(grown),
-            num_topology_updates=state.num_topology_updates + usable,
-            num_skipped_updates=state.num_skipped_updates + ~usable,
-        ),
-        kept,
-    )

@@ -12,12 +12,12 @@ from agent_optax._tree import is_masked
 
 
 class SparsifyState(NamedTuple):
-    """State of `sparsify` with dense storage. Masks are MaskedNode where nothing is pruned."""
+    """State of `sparsify`."""
 
     inner_state: optax.OptState  # of the inner optimizer
-    masks: Any  # like params, bool: the active weights
-    ever_active: Any  # like masks: active at any time so far; None when the topology is static
-    topology_key: jax.Array  # uint32 [2]: key data
+    active_weights: Any  # DenseActive or CompactActive: which weights are active
+    num_prunable: jax.Array  # float32 []: weights in pruned leaves, active or not
+    topology_key: jax.Array  # uint32 [...]: key data
     topology_step: jax.Array  # int32 []: steps taken
     num_dropped: jax.Array  # int32 []: weights that became inactive in the last topology update
     num_grown: jax.Array  # int32 []: weights that became active in it
@@ -25,15 +25,24 @@ class SparsifyState(NamedTuple):
     num_skipped_updates: jax.Array  # int32 []: topology updates left out for a non-finite gradient or weight
 
     def active_masks(self, params: optax.Params) -> Any:
-        """The masks, whatever the storage."""
-        del params
-        return self.masks
+        """The masks like `params`, bool; MaskedNode where nothing is pruned."""
+        return self.active_weights.masks(params)
 
+    def sparsity(self) -> jax.Array:
+        """The share of inactive weights."""
+        return 1 - self.active_weights.num_active().astype(jnp.float32) / self.num_prunable
 
-def mask_counts(masks: Any) -> tuple[jax.Array, int]:
-    """The number of active weights, and of all weights, of the pruned leaves."""
-    leaves = jax.tree.leaves(masks)
-    return sum((jnp.sum(m, dtype=jnp.int32) for m in leaves), jnp.zeros((), jnp.int32)), sum(m.size for m in leaves)
+    def exploration_rate(self) -> jax.Array:
+        """R_s, the share of weights that were ever active."""
+        return self.active_weights.num_ever_active().astype(jnp.float32) / self.num_prunable
+
+    def storage_view(self) -> Any:
+        """How the inner state stores parameters."""
+        return self.active_weights
+
+    def points_moved(self) -> SparsifyState:
+        """After the memories in the inner state have moved to the current parameters."""
+        return self._replace(active_weights=self.active_weights.points_moved())
 
 
 def apply_masks(masks: Any, params: optax.Params) -> optax.Params:
@@ -44,6 +53,11 @@ def apply_masks(masks: Any, params: optax.Params) -> optax.Params:
         params,
         is_leaf=is_masked,
     )
+
+
+def total(counts: Any) -> jax.Array:
+    """The sum of the int32 scalars in a tree."""
+    return sum(jax.tree.leaves(counts), jnp.zeros((), jnp.int32))
 
 
 def find_sparsify(opt_state: optax.OptState) -> list[SparsifyState]:

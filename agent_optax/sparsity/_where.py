@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agent_optax._tree import is_masked
@@ -100,19 +101,25 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
     return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
 
 
-def start_masks(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution, key: jax.Array) -> Any:
-    """Random masks with exactly round(density * size) active weights; MaskedNode where nothing is pruned."""
+def start_counts(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution) -> Any:
+    """The number of active weights of each pruned leaf, round(density * size); MaskedNode where nothing is pruned."""
     densities_left = iter(densities(params, chosen, sparsity, distribution))
+
+    def count(c: bool, leaf: jax.Array) -> Any:
+        return round(next(densities_left)[1] * math.prod(leaf.shape)) if c else optax.MaskedNode()
+
+    return jax.tree.map(count, chosen, params)
+
+
+def random_masks(params: optax.Params, counts: Any, key: jax.Array) -> Any:
+    """Masks with exactly these numbers of active weights."""
     index = iter(range(len(jax.tree.leaves(params))))
 
-    def start_mask(c: bool, leaf: jax.Array) -> Any:
+    def random_mask(count: Any, leaf: jax.Array) -> Any:
         leaf_key = jax.random.fold_in(key, next(index))
-        if not c:
-            return optax.MaskedNode()
-        _, density = next(densities_left)
-        return select(random_scores(leaf_key, leaf), round(density * math.prod(leaf.shape)))
+        return count if is_masked(count) else select(random_scores(leaf_key, leaf), count)
 
-    return jax.tree.map(start_mask, chosen, params)
+    return jax.tree.map(random_mask, counts, params, is_leaf=is_masked)
 
 
 def given_masks(params: optax.Params, masks: Any) -> Any:
@@ -138,3 +145,20 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
             f"masks= must be a tree like params, with None where nothing is pruned; got {jax.tree.structure(masks)} "
             f"for parameters {jax.tree.structure(params)}."
         ) from error
+
+
+def given_counts(masks: Any) -> Any:
+    """The number of active weights in each of the masks that a user gave, with MaskedNode for None."""
+
+    def count(mask: Any) -> Any:
+        if mask is None or is_masked(mask):
+            return optax.MaskedNode()
+        try:
+            return int(np.count_nonzero(np.asarray(mask)))
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise ValueError(
+                "storage='compact' fixes the number of active weights when it is built, so masks= must be known then: "
+                "pass plain arrays, not values traced by jax.jit or jax.vmap."
+            ) from error
+
+    return jax.tree.map(count, masks, is_leaf=lambda node: node is None or is_masked(node))

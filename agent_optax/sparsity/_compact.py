@@ -1,0 +1,264 @@
+"""Compact storage: the inner optimizer sees one-dimensional arrays of the active entries only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._tree import is_masked
+from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
+from agent_optax.sparsity._rewiring import SparseOptimizer, only_here, rewired, when
+from agent_optax.sparsity._sparse_update import SparseUpdate
+from agent_optax.sparsity._state import SparsifyState, total
+from agent_optax.sparsity._topology import Layer
+
+
+class CompactActive(NamedTuple):
+    """The active weights, as sorted flat positions; MaskedNode where nothing is pruned."""
+
+    indices: Any  # like params, int32 [nnz]
+    point_indices: Any  # like indices: where the stored point of evaluation has its entries; None without such a memory
+    is_uncorrected: Any  # like indices, bool: grown since that point was set; None without such a memory
+    ever_active: Any  # like params, uint8 [ceil(size / 8)]: packed bits; None when the topology is static
+
+    def masks(self, params: optax.Params) -> Any:
+        """True where a weight is active."""
+        return jax.tree.map(
+            lambda i, p: i if is_masked(i) else _scatter(i, jnp.ones(i.shape, bool), p),
+            self.indices,
+            params,
+            is_leaf=is_masked,
+        )
+
+    def num_active(self) -> jax.Array:
+        """The number of active weights."""
+        return jnp.asarray(sum(i.shape[-1] for i in jax.tree.leaves(self.indices)), jnp.int32)
+
+    def num_ever_active(self) -> jax.Array:
+        """The number of weights that were ever active."""
+        if self.ever_active is None:
+            return self.num_active()
+        return total(jax.tree.map(lambda b: jnp.sum(jax.lax.population_count(b), dtype=jnp.int32), self.ever_active))
+
+    def gather(self, tree: Any) -> Any:
+        """From dense parameters to active entries."""
+        return jax.tree.map(lambda i, x: x if is_masked(i) else _gather(i, x), self.indices, tree, is_leaf=is_masked)
+
+    def scatter_point(self, tree: Any, params: Any) -> Any:
+        """From the entries of the stored point to dense parameters, zero where it has none."""
+        return jax.tree.map(
+            lambda i, v, p: v if is_masked(i) else _scatter(i, v, p),
+            self.point_indices,
+            tree,
+            params,
+            is_leaf=is_masked,
+        )
+
+    def points_moved(self) -> CompactActive:
+        """The stored point is the current parameters: all active weights are corrected from now on."""
+        if self.point_indices is None:
+            return self
+        return self._replace(
+            point_indices=self.indices, is_uncorrected=jax.tree.map(jnp.zeros_like, self.is_uncorrected)
+        )
+
+
+def _gather(indices: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.reshape(x, (-1,)).at[indices].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+
+
+def _scatter(indices: jax.Array, values: jax.Array, like: jax.Array) -> jax.Array:
+    """`values` at `indices` of zeros in the shape of `like`."""
+    flat = jnp.zeros(math.prod(jnp.shape(like)), values.dtype)
+    flat = flat.at[indices].set(values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+    return flat.reshape(jnp.shape(like))
+
+
+def _positions(mask: jax.Array, count: int) -> jax.Array:
+    return jnp.flatnonzero(mask, size=count).astype(jnp.int32)
+
+
+def _pack(mask: jax.Array) -> jax.Array:
+    return jnp.packbits(mask.reshape(-1))
+
+
+def _unpack(bits: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.unpackbits(bits, count=math.prod(like.shape)).reshape(like.shape).astype(bool)
+
+
+def compact_start(masks: Any, is_static: bool, counts: Any) -> CompactActive:
+    """The positions of the masks; `counts` holds their numbers of active weights."""
+    indices = jax.tree.map(_positions, masks, counts)
+    return CompactActive(
+        indices=indices,
+        point_indices=None,
+        is_uncorrected=None,
+        ever_active=None if is_static else jax.tree.map(_pack, masks),
+    )
+
+
+def follow_points(active: CompactActive, inner_state: optax.OptState) -> CompactActive:
+    """Makes room for the positions of stored points, if a memory in the inner state stores one."""
+    if not _has_point(inner_state, "point_fields"):
+        return active
+    return active._replace(
+        point_indices=jax.tree.map(jnp.copy, active.indices),
+        is_uncorrected=jax.tree.map(lambda i: jnp.zeros(i.shape, bool), active.indices),
+    )
+
+
+def _has_point(inner_state: optax.OptState, method: str) -> bool:
+    leaves = jax.tree.leaves(inner_state, is_leaf=lambda node: hasattr(node, method))
+    return any(hasattr(node, method) for node in leaves)
+
+
+def check_compact(
+    inner: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    pruned: list[int],
+    extra_args: dict[str, Any],
+) -> None:
+    """Raises ValueError unless `inner` treats the entries of the pruned leaves alike wherever they lie.
+
+    Sums over entries are harmless: inactive entries would add nothing to them.
+    """
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
+    inner_state = jax.eval_shape(inner.init, params)
+    masks = jax.tree.unflatten(
+        jax.tree.structure(params),
+        [p if i in pruned else optax.MaskedNode() for i, p in enumerate(jax.tree.leaves(params))],
+    )
+    leaf_of_state = leaf_of_each_state(inner, inner_state, masks, params, exempt="point_fields")
+    traced = TracedUpdate(inner, params, inner_state, params, extra_args)
+    structured = traced.mixing(pruned, leaf_of_state).structured
+    if structured:
+        raise ValueError(
+            'storage="compact" keeps active entries only, in one dimension, and needs an inner optimizer that treats '
+            f'each entry alike; this one applies to whole parameters: {", ".join(structured)}. Use storage="dense".'
+        )
+
+
+def likely_extra_args(params: optax.Params) -> dict[str, Any]:
+    """What updates of this library may be given, to look at an optimizer before its first step."""
+    like = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.result_type(p)), params)
+    scalar = jnp.zeros((), jnp.float32)
+    return {"value": scalar, "old_value": scalar, "old_grads": like, "batch_index": jnp.zeros((), jnp.int32)}
+
+
+def compact_update(
+    optimizer: SparseOptimizer,
+    grads: optax.Updates,
+    state: SparsifyState,
+    params: optax.Params,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, SparsifyState]:
+    """One step. `state.topology_step` already counts it."""
+    inner, topology, _ = optimizer
+    active: CompactActive = state.active_weights
+    structure = jax.tree.structure(params)
+    gathered = {
+        name: active.gather(arg) if jax.tree.structure(arg) == structure else arg for name, arg in extra_args.items()
+    }
+    if active.is_uncorrected is not None and gathered.get("old_grads") is not None:
+        # The mean gradient at a grown weight starts at zero; with an old gradient of zero it is not corrected.
+        gathered["old_grads"] = jax.tree.map(
+            lambda new, g: g if is_masked(new) else jnp.where(new, jnp.zeros_like(g), g),
+            active.is_uncorrected,
+            gathered["old_grads"],
+            is_leaf=is_masked,
+        )
+    weights = active.gather(params)
+    updates, inner_state = inner.update(active.gather(grads), state.inner_state, weights, **gathered)
+    if _has_point(inner_state, "moves_every_step"):
+        active = active.points_moved()
+    state = state._replace(inner_state=inner_state, active_weights=active)
+    updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, weights)
+    if not topology.is_static:
+
+        def body(carry: tuple[SparsifyState, Any]) -> tuple[SparsifyState, Any]:
+            return _rewire(optimizer, *carry, weights, params, grads)
+
+        due = topology.is_due(state.topology_step)
+        new_state, updates = when(due, body, (state, updates))
+    else:
+        new_state = state
+    sparse = jax.tree.map(
+        lambda i, u: u if is_masked(i) else SparseUpdate(i, u), active.indices, updates, is_leaf=is_masked
+    )
+    return sparse, new_state
+
+
+def as_dense_updates(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+    """Arrays like params, -p at inactive entries, as dense storage gives them."""
+
+    def dense(update: Any, p: jax.Array) -> jax.Array:
+        if not isinstance(update, SparseUpdate):
+            return update
+        flat = (-p).reshape(-1)
+        flat = flat.at[update.indices].set(
+            update.values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+        return flat.reshape(p.shape)
+
+    return jax.tree.map(dense, updates, params, is_leaf=lambda node: isinstance(node, SparseUpdate))
+
+
+def _rewire(
+    optimizer: SparseOptimizer,
+    state: SparsifyState,
+    updates: optax.Updates,
+    weights: optax.Params,
+    params: optax.Params,
+    grads: optax.Updates,
+) -> tuple[SparsifyState, optax.Updates]:
+    """A topology update on the weights after this step: the state at the new positions, -p where one is dropped."""
+    inner, topology, _ = optimizer
+    active: CompactActive = state.active_weights
+    weights, params, grads = only_here((weights, params, grads), state.topology_step)
+    new_weights = jax.tree.map(lambda w, u: w + u, weights, updates)
+    masks = active.masks(params)
+    layers = []
+
+    def collect(mask: Any, indices: Any, w: jax.Array, grad: jax.Array, bits: jax.Array) -> None:
+        if not is_masked(mask):
+            layers.append(Layer(_scatter(indices, w, mask), mask, grad, _unpack(bits, mask)))
+
+    jax.tree.map(collect, masks, active.indices, new_weights, grads, active.ever_active, is_leaf=is_masked)
+    new_masks, state = rewired(topology, layers, state)
+    new_masks = jax.tree.structure(masks).unflatten(new_masks)
+    indices = jax.tree.map(lambda mask, old: _positions(mask, old.shape[0]), new_masks, active.indices)
+    origin = jax.tree.map(  # the place at which a position stood before; anything for those that are new
+        lambda old, new: jnp.minimum(jnp.searchsorted(old, new), old.shape[0] - 1), active.indices, indices
+    )
+    survives = jax.tree.map(lambda old, new, i: old[i] == new, active.indices, indices, origin)
+
+    dense_weights = jax.tree.map(
+        lambda i, w, p: w if is_masked(i) else _scatter(i, w, p), active.indices, new_weights, params, is_leaf=is_masked
+    )
+    moved = active._replace(indices=indices)
+    fresh = inner.init(moved.gather(dense_weights))
+    origins, survivors = (jax.tree.leaves(t, is_leaf=is_masked) for t in (origin, survives))
+    leaf_of_state = leaf_of_each_state(inner, state.inner_state, active.indices, weights, exempt="point_fields")
+    leaves, treedef = jax.tree.flatten(state.inner_state)
+    for k, (i, start) in enumerate(zip(leaf_of_state, jax.tree.leaves(fresh), strict=True)):
+        if i != NO_LEAF:
+            leaves[k] = jnp.where(survivors[i], leaves[k][..., origins[i]], start)
+    if active.is_uncorrected is not None:
+        is_uncorrected = jax.tree.map(lambda new, i, s: new[i] | ~s, active.is_uncorrected, origin, survives)
+        moved = moved._replace(is_uncorrected=is_uncorrected)
+    moved = moved._replace(
+        ever_active=jax.tree.map(lambda bits, mask: bits | _pack(mask), active.ever_active, new_masks)
+    )
+    updates = jax.tree.map(
+        lambda i, mask, u, w: u if is_masked(i) else jnp.where(_gather(i, mask), u, -w),
+        active.indices,
+        new_masks,
+        updates,
+        weights,
+        is_leaf=is_masked,
+    )
+    return state._replace(inner_state=treedef.unflatten(leaves), active_weights=moved), updates

@@ -1,0 +1,75 @@
+"""A topology update: run rarely, inside a loop of zero or one turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._tree import all_finite
+from agent_optax.sparsity._state import SparsifyState
+from agent_optax.sparsity._topology import Layer, Topology
+
+Carry = TypeVar("Carry")
+
+
+class SparseOptimizer(NamedTuple):
+    """What `sparsify` was given: static through a run."""
+
+    inner: optax.GradientTransformationExtraArgs
+    topology: Topology
+    grow_by: str
+
+
+def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """`body(carry)` if due, else `carry` itself.
+
+    A loop of zero or one turns and not `jax.lax.cond`: the carry stays in place, where a conditional copies what it
+    passes through; and under `jax.vmap` a turn is taken only when some element is due, where a conditional becomes a
+    select that computes both branches at every step.
+    """
+
+    def turn(state: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+        return state[0] + 1, body(state[1])
+
+    return jax.lax.while_loop(lambda state: (state[0] < 1) & due, turn, (jnp.zeros((), jnp.int32), carry))[1]
+
+
+def only_here(tree: Any, carry: Any) -> Any:
+    """Ties values from outside a loop to its carry, or XLA computes what follows from them before every loop."""
+    return jax.lax.optimization_barrier((tree, carry))[0]
+
+
+def rewired(topology: Topology, layers: Sequence[Layer], state: SparsifyState) -> tuple[list[jax.Array], SparsifyState]:
+    """The new masks, and the state with key and counts; the old masks when a weight or gradient is not finite."""
+    usable = all_finite([(layer.weights, layer.grads) for layer in layers])
+    next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
+    masks = topology.rewire(layers, state.topology_step, key)
+    masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
+    pairs = [(new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
+    zero = jnp.zeros((), jnp.int32)
+    return masks, state._replace(
+        topology_key=jax.random.key_data(next_key),
+        num_dropped=sum((jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs), zero),
+        num_grown=sum((jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs), zero),
+        num_topology_updates=state.num_topology_updates + usable,
+        num_skipped_updates=state.num_skipped_updates + ~usable,
+    )
+
+
+def corrected_grads(grads: optax.Updates, inner_state: optax.OptState, extra_args: dict[str, Any]) -> optax.Updates:
+    """The dense corrected gradient, from the inner state before the step."""
+
+    def is_correction(node: Any) -> bool:
+        return hasattr(node, "correct") and hasattr(node, "memory_state")
+
+    states = [node for node in jax.tree.leaves(inner_state, is_leaf=is_correction) if is_correction(node)]
+    if len(states) != 1:
+        raise ValueError(
+            f"grow_by='corrected' needs exactly one correct_gradients inside the inner optimizer, found {len(states)}. "
+            "Use grow_by='raw', or put agent_optax.correct_gradients into the chain."
+        )
+    return states[0].correct(grads, states[0].memory_state.recall(grads, extra_args))

@@ -1,0 +1,54 @@
+"""An update that holds active entries only, and adds itself to a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class SparseUpdate:
+    """The update of one leaf at its active entries: what `optax.apply_updates` adds with ``p + update``.
+
+    Attributes:
+        indices: int32 [nnz], sorted flat positions in the parameter.
+        values: [nnz], what is added there.
+    """
+
+    __array_ufunc__ = None  # lets `numpy_array + update` reach __radd__
+
+    def __init__(self, indices: Any, values: Any):
+        """Holds `values` for the flat positions `indices`."""
+        self.indices = indices
+        self.values = values
+
+    def __radd__(self, param: Any) -> jax.Array:
+        """The parameter with the values added at the active entries; the others are not touched."""
+        if not jnp.issubdtype(self.indices.dtype, jnp.integer):
+            raise TypeError(
+                "a sparse update was computed with as if it were an array, which scaled its indices: pass "
+                "dense_updates=True to sparsify when another transformation or wrapper works on its updates."
+            )
+        param = jnp.asarray(param)
+        flat = param.reshape(-1)
+        flat = flat.at[self.indices].add(
+            self.values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+        return flat.reshape(param.shape)
+
+    def __repr__(self) -> str:
+        """Shows the fields."""
+        return f"SparseUpdate(indices={self.indices!r}, values={self.values!r})"
+
+    def tree_flatten_with_keys(self) -> Any:
+        """Children: indices and values."""
+        key = jax.tree_util.GetAttrKey
+        return ((key("indices"), self.indices), (key("values"), self.values)), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: Any) -> SparseUpdate:
+        """The inverse."""
+        del aux
+        return cls(*children)
