@@ -28,6 +28,11 @@ def put_row(rows: optax.Updates, row: optax.Updates, index: jax.Array) -> optax.
     )
 
 
+def look_up(values: jax.Array, index: jax.Array) -> jax.Array:
+    """`values[index]` of a vector, as a sum: an index XLA would fuse into the loops over entries, and repeat there."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[0]) == index, values, 0), dtype=values.dtype)
+
+
 def current_row(extra_args: Mapping[str, Any], num_batches: int, memory: str) -> tuple[jax.Array, jax.Array]:
     """The row of the current batch, int32 [], and whether there is such a row, bool [].
 

@@ -14,7 +14,7 @@ from agent_optax._tree import keep_finite, statistics_dtype
 from agent_optax._validation import check_positive_int
 from agent_optax.correction._gradient_regression import GradientRegression, gradient_regression
 from agent_optax.correction._memory import Recalled
-from agent_optax.correction._rows import current_row, empty_rows, put_row, take_row
+from agent_optax.correction._rows import current_row, empty_rows, look_up, put_row, take_row
 
 
 class TableState(NamedTuple):
@@ -37,32 +37,48 @@ class TableState(NamedTuple):
     row_loss: jax.Array  # float [N]: the loss of each batch when last seen; nan: never told
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
-        """The row of this batch, and the mean over the rows written so far."""
+        """The row of this batch, and the mean over the rows written so far.
+
+        Writes the new row as well, and reads what it recalls off the arrays after that: arrays that are read both
+        before and after they are overwritten would be copied.
+        """
         num_batches = self.row_age.shape[0]
         index, is_row = current_row(extra_args, num_batches, f"table({num_batches})")
         num_written = jnp.maximum(jnp.sum(self.row_age >= 0), 1)
-        oldest = jnp.max(self.row_age)
-        new_row = jax.tree.map(lambda g, total: jnp.where(self.counts(g, total), g, 0), grads, self.table_sum)
+        age_of_row, oldest = look_up(self.row_age, index), jnp.max(self.row_age)
+
+        def is_usable(grad: jax.Array, total: jax.Array) -> jax.Array:
+            return jnp.isfinite(grad.astype(total.dtype) * num_batches)  # finite even when summed over the table
+
+        usable = jax.tree.map(is_usable, grads, self.table_sum)
+        new_row = jax.tree.map(
+            lambda g, row, ok: jnp.where(ok, g, 0).astype(row.dtype), grads, self.table_grads, usable
+        )
         table_grads = put_row(self.table_grads, new_row, self.free_place)
+        entry_age = jax.tree.map(lambda age, ok: jnp.where(ok, age + 1, 0), self.entry_age, usable)
+        old_row = jax.tree.map(
+            lambda row, age: jnp.where(age > age_of_row + 1, row, 0),
+            take_row(table_grads, look_up(self.row_place, index)),
+            entry_age,
+        )
+        change = jax.tree.map(
+            lambda new, old, total: jnp.where(is_row, new.astype(total.dtype) - old, 0),
+            new_row,
+            old_row,
+            self.table_sum,
+        )
+        table_sum = jax.tree.map(lambda total, d, ok: jnp.where(ok, total + d, 0), self.table_sum, change, usable)
 
-        def old(row: jax.Array, age: jax.Array) -> jax.Array:
-            return jnp.where(age > self.row_age[index], row, 0)
+        def mean(total: jax.Array, d: jax.Array, age: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(age > oldest + 1, (total - d) / num_written, old)
 
-        def mean(total: jax.Array, age: jax.Array, row: jax.Array) -> jax.Array:
-            return jnp.where(age > oldest, total / num_written, row)
-
-        old_row = jax.tree.map(old, take_row(table_grads, self.row_place[index]), self.entry_age)
         return Recalled(
             old_grads=old_row,
-            mean_grads=jax.tree.map(mean, self.table_sum, self.entry_age, old_row),
-            is_known=is_row & (self.row_age[index] >= 0),
-            old_loss=self.row_loss[index],
-            written=table_grads,
+            mean_grads=jax.tree.map(mean, table_sum, change, entry_age, old_row),
+            is_known=is_row & (age_of_row >= 0),
+            old_loss=look_up(self.row_loss, index),
+            written=self._replace(table_grads=table_grads, table_sum=table_sum, entry_age=entry_age),
         )
-
-    def counts(self, grad: jax.Array, total: jax.Array) -> jax.Array:
-        """Whether entries are finite, even when summed over the table."""
-        return jnp.isfinite(grad.astype(total.dtype) * self.row_age.shape[0])
 
     def dense_fields(self) -> tuple[str, ...]:
         """The fields that `sparsify` leaves alone under dense storage: the ages know which rows count."""
@@ -97,27 +113,17 @@ class Table:
         extra_args: Mapping[str, Any],
     ) -> TableState:
         """The new row takes the place of the old one."""
-        del corrected, params
+        del grads, corrected, params
         state = memory_state
         index, is_row = current_row(extra_args, self.num_batches, f"table({self.num_batches})")
-
-        def add(total: jax.Array, grad: jax.Array, old: jax.Array) -> jax.Array:
-            replaced = total + jnp.where(is_row, grad.astype(old.dtype).astype(total.dtype) - old, 0)
-            return jnp.where(state.counts(grad, total), replaced, 0)
-
-        def grow_older(age: jax.Array, grad: jax.Array, total: jax.Array) -> jax.Array:
-            return jnp.where(state.counts(grad, total), age + 1, 0)
 
         def set_row(values: jax.Array, new: jax.Array) -> jax.Array:
             return values.at[index].set(jnp.where(is_row, new, values[index]))
 
         loss = jnp.asarray(extra_args.get("value", jnp.nan), state.row_loss.dtype)
-        return TableState(
-            table_grads=recalled.written,
-            table_sum=jax.tree.map(add, state.table_sum, grads, recalled.old_grads),
-            entry_age=jax.tree.map(grow_older, state.entry_age, grads, state.table_sum),
+        return recalled.written._replace(
             row_place=set_row(state.row_place, state.free_place),
-            free_place=jnp.where(is_row, state.row_place[index], state.free_place),
+            free_place=jnp.where(is_row, look_up(state.row_place, index), state.free_place),
             row_age=set_row(jnp.where(state.row_age >= 0, state.row_age + 1, -1), jnp.zeros((), jnp.int32)),
             row_loss=set_row(state.row_loss, keep_finite(loss, state.row_loss[index])),
         )
