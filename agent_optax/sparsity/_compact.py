@@ -11,7 +11,7 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
-from agent_optax.sparsity._rewiring import SparseOptimizer, only_here, rewired, when
+from agent_optax.sparsity._rewiring import SparseOptimizer, rewired, when
 from agent_optax.sparsity._sparse_update import SparseUpdate
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer
@@ -182,14 +182,13 @@ def compact_update(
         def body(carry: tuple[SparsifyState, Any]) -> tuple[SparsifyState, Any]:
             return _rewire(optimizer, *carry, weights, params, grads)
 
-        due = topology.is_due(state.topology_step)
-        new_state, updates = when(due, body, (state, updates))
-    else:
-        new_state = state
+        pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, active.indices, updates, is_leaf=is_masked)
+        state, pruned = when(topology.is_due(state.topology_step), body, (state, pruned))
+        updates = jax.tree.map(lambda p, u: u if is_masked(p) else p, pruned, updates, is_leaf=is_masked)
     sparse = jax.tree.map(
         lambda i, u: u if is_masked(i) else SparseUpdate(i, u), active.indices, updates, is_leaf=is_masked
     )
-    return sparse, new_state
+    return sparse, state
 
 
 def as_dense_updates(updates: optax.Updates, params: optax.Params) -> optax.Updates:
@@ -218,8 +217,7 @@ def _rewire(
     """A topology update on the weights after this step: the state at the new positions, -p where one is dropped."""
     inner, topology, _ = optimizer
     active: CompactActive = state.active_weights
-    weights, params, grads = only_here((weights, params, grads), state.topology_step)
-    new_weights = jax.tree.map(lambda w, u: w + u, weights, updates)
+    new_weights = jax.tree.map(lambda u, w: w if is_masked(u) else w + u, updates, weights, is_leaf=is_masked)
     masks = active.masks(params)
     layers = []
 
@@ -254,7 +252,7 @@ def _rewire(
         ever_active=jax.tree.map(lambda bits, mask: bits | _pack(mask), active.ever_active, new_masks)
     )
     updates = jax.tree.map(
-        lambda i, mask, u, w: u if is_masked(i) else jnp.where(_gather(i, mask), u, -w),
+        lambda i, mask, u, w: i if is_masked(i) else jnp.where(_gather(i, mask), u, -w),
         active.indices,
         new_masks,
         updates,

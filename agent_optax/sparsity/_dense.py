@@ -10,7 +10,7 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
-from agent_optax.sparsity._rewiring import SparseOptimizer, corrected_grads, only_here, rewired, when
+from agent_optax.sparsity._rewiring import SparseOptimizer, corrected_grads, rewired, when
 from agent_optax.sparsity._state import SparsifyState, apply_masks, total
 from agent_optax.sparsity._topology import Layer
 
@@ -79,8 +79,11 @@ def dense_update(
     due = topology.is_due(state.topology_step)
     active = state.active_weights
     if not topology.is_static:
-        carried = state._replace(inner_state=None, active_weights=active)
-        carried = when(due, lambda c: _rewire(optimizer, c, state, grads, params, extra_args, is_entrywise), carried)
+
+        def body(carried: SparsifyState) -> SparsifyState:
+            return _rewire(optimizer, carried, state.inner_state, grads, params, extra_args, is_entrywise)
+
+        carried = when(due, body, state._replace(inner_state=None))
         active = carried.active_weights
         state = carried._replace(inner_state=state.inner_state)
 
@@ -113,7 +116,7 @@ def _masked_updates(kept: Any, updates: optax.Updates, params: optax.Params) -> 
 def _rewire(
     optimizer: SparseOptimizer,
     carried: SparsifyState,
-    state: SparsifyState,
+    inner_state: optax.OptState,
     grads: optax.Updates,
     params: optax.Params,
     extra_args: dict[str, Any],
@@ -121,8 +124,6 @@ def _rewire(
 ) -> SparsifyState:
     """A topology update on the weights after this step, which is computed here once more: ordinary steps do not pay."""
     inner, topology, grow_by = optimizer
-    inner_state = state.inner_state
-    grads, inner_state, params = only_here((grads, inner_state, params), carried.topology_step)
     masks = carried.active_masks(params)
     seen = grads if is_entrywise else apply_masks(masks, grads)
     updates, _ = inner.update(seen, inner_state, params, **extra_args)

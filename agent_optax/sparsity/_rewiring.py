@@ -25,22 +25,19 @@ class SparseOptimizer(NamedTuple):
 
 
 def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """`body(carry)` if due, else `carry` itself.
+    """``body(carry)`` if due, else `carry` itself.
 
-    A loop of zero or one turns and not `jax.lax.cond`: the carry stays in place, where a conditional copies what it
-    passes through; and under `jax.vmap` a turn is taken only when some element is due, where a conditional becomes a
-    select that computes both branches at every step.
+    A loop of zero or one turns: its carry stays in place, where a conditional copies what it passes through, and under
+    `jax.vmap` a turn is taken only when some element is due, where a conditional becomes a select that computes both
+    branches at every step. Inside the turn stands a conditional after all: XLA moves what does not depend on the carry
+    out of a loop, where every step would pay for it, but not out of a conditional.
     """
 
     def turn(state: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
-        return state[0] + 1, body(state[1])
+        count, carry = state
+        return count + 1, jax.lax.cond(count < 1, body, lambda carry: carry, carry)
 
     return jax.lax.while_loop(lambda state: (state[0] < 1) & due, turn, (jnp.zeros((), jnp.int32), carry))[1]
-
-
-def only_here(tree: Any, carry: Any) -> Any:
-    """Ties values from outside a loop to its carry, or XLA computes what follows from them before every loop."""
-    return jax.lax.optimization_barrier((tree, carry))[0]
 
 
 def rewired(topology: Topology, layers: Sequence[Layer], state: SparsifyState) -> tuple[list[jax.Array], SparsifyState]:
