@@ -12,7 +12,7 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
 from agent_optax.sparsity._rewiring import SparseOptimizer, rewired, when
-from agent_optax.sparsity._sparse_update import SparseUpdate
+from agent_optax.sparsity._sparse_update import SparseUpdate, entries_at, with_entries_added
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer
 
@@ -28,7 +28,7 @@ class CompactActive(NamedTuple):
     def masks(self, params: optax.Params) -> Any:
         """True where a weight is active."""
         return jax.tree.map(
-            lambda i, p: i if is_masked(i) else _scatter(i, jnp.ones(i.shape, bool), p),
+            lambda i, p: i if is_masked(i) else _scatter(i, jnp.ones(i.shape, jnp.int8), p) > 0,
             self.indices,
             params,
             is_leaf=is_masked,
@@ -68,14 +68,14 @@ class CompactActive(NamedTuple):
 
 
 def _gather(indices: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.reshape(x, (-1,)).at[indices].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+    """The entries of x at sorted flat positions."""
+    return entries_at(jnp.reshape(x, (-1,)), indices)
 
 
 def _scatter(indices: jax.Array, values: jax.Array, like: jax.Array) -> jax.Array:
-    """`values` at `indices` of zeros in the shape of `like`."""
+    """`values` at sorted flat positions of zeros in the shape of `like`."""
     flat = jnp.zeros(math.prod(jnp.shape(like)), values.dtype)
-    flat = flat.at[indices].set(values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
-    return flat.reshape(jnp.shape(like))
+    return with_entries_added(flat, indices, values).reshape(jnp.shape(like))
 
 
 def _positions(mask: jax.Array, count: int) -> jax.Array:
@@ -176,11 +176,11 @@ def compact_update(
     if _has_point(inner_state, "moves_every_step"):
         active = active.points_moved()
     state = state._replace(inner_state=inner_state, active_weights=active)
-    updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, weights)
+    updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
     if not topology.is_static:
 
         def body(carry: tuple[SparsifyState, Any]) -> tuple[SparsifyState, Any]:
-            return _rewire(optimizer, *carry, weights, params, grads)
+            return _rewire(optimizer, *carry, params, grads)
 
         pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, active.indices, updates, is_leaf=is_masked)
         state, pruned = when(topology.is_due(state.topology_step), body, (state, pruned))
@@ -197,11 +197,8 @@ def as_dense_updates(updates: optax.Updates, params: optax.Params) -> optax.Upda
     def dense(update: Any, p: jax.Array) -> jax.Array:
         if not isinstance(update, SparseUpdate):
             return update
-        flat = (-p).reshape(-1)
-        flat = flat.at[update.indices].set(
-            update.values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
-        return flat.reshape(p.shape)
+        mask = _scatter(update.indices, jnp.ones(update.indices.shape, jnp.int8), p) > 0
+        return jnp.where(mask, _scatter(update.indices, update.values, p), -p)
 
     return jax.tree.map(dense, updates, params, is_leaf=lambda node: isinstance(node, SparseUpdate))
 
@@ -210,13 +207,13 @@ def _rewire(
     optimizer: SparseOptimizer,
     state: SparsifyState,
     updates: optax.Updates,
-    weights: optax.Params,
     params: optax.Params,
     grads: optax.Updates,
 ) -> tuple[SparsifyState, optax.Updates]:
     """A topology update on the weights after this step: the state at the new positions, -p where one is dropped."""
     inner, topology, _ = optimizer
     active: CompactActive = state.active_weights
+    weights = active.gather(params)  # once more: an ordinary step may not need it
     new_weights = jax.tree.map(lambda u, w: w if is_masked(u) else w + u, updates, weights, is_leaf=is_masked)
     masks = active.masks(params)
     layers = []

@@ -68,7 +68,8 @@ def dense_update(
     """One step. `state.topology_step` already counts it."""
     inner, topology, _ = optimizer
     masks = state.active_masks(params)
-    extra_args = {**extra_args, "active_masks": masks}
+    given = extra_args
+    extra_args = {**given, "active_masks": masks}
     leaf_of_state = leaf_of_each_state(inner, state.inner_state, masks, params, exempt="dense_fields")
     traced = TracedUpdate(inner, grads, state.inner_state, params, extra_args)
     pruned = [i for i, m in enumerate(jax.tree.leaves(masks, is_leaf=is_masked)) if not is_masked(m)]
@@ -81,7 +82,7 @@ def dense_update(
     if not topology.is_static:
 
         def body(carried: SparsifyState) -> SparsifyState:
-            return _rewire(optimizer, carried, state.inner_state, grads, params, extra_args, is_entrywise)
+            return _rewire(optimizer, carried, state.inner_state, grads, params, given, is_entrywise)
 
         carried = when(due, body, state._replace(inner_state=None))
         active = carried.active_weights
@@ -126,7 +127,7 @@ def _rewire(
     inner, topology, grow_by = optimizer
     masks = carried.active_masks(params)
     seen = grads if is_entrywise else apply_masks(masks, grads)
-    updates, _ = inner.update(seen, inner_state, params, **extra_args)
+    updates, _ = inner.update(seen, inner_state, params, active_masks=masks, **extra_args)
     new_params = optax.apply_updates(params, _masked_updates(masks, updates, params))
     growth_grads = corrected_grads(grads, inner_state, extra_args) if grow_by == "corrected" else grads
     layers = []

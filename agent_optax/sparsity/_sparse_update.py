@@ -7,6 +7,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# jax.lax and not ``x.at[indices]``: that first wraps negative indices, one more pass over all of them.
+
+
+def entries_at(flat: jax.Array, indices: jax.Array) -> jax.Array:
+    """``flat[indices]`` for sorted, distinct positions inside."""
+    return jax.lax.gather(
+        flat,
+        indices[:, None],
+        jax.lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)),
+        slice_sizes=(1,),
+        unique_indices=True,
+        indices_are_sorted=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def with_entries_added(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """`flat` plus `values` at sorted, distinct positions inside."""
+    return jax.lax.scatter_add(
+        flat,
+        indices[:, None],
+        values,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0,)
+        ),
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class SparseUpdate:
@@ -32,11 +62,7 @@ class SparseUpdate:
                 "dense_updates=True to sparsify when another transformation or wrapper works on its updates."
             )
         param = jnp.asarray(param)
-        flat = param.reshape(-1)
-        flat = flat.at[self.indices].add(
-            self.values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
-        return flat.reshape(param.shape)
+        return with_entries_added(param.reshape(-1), self.indices, self.values).reshape(param.shape)
 
     def __repr__(self) -> str:
         """Shows the fields."""
