@@ -159,6 +159,7 @@ def compact_update(
     """One step. `state.topology_step` already counts it."""
     inner, topology, _ = optimizer
     active: CompactActive = state.active_weights
+    positions = active.indices
     structure = jax.tree.structure(params)
     gathered = {
         name: active.gather(arg) if jax.tree.structure(arg) == structure else arg for name, arg in extra_args.items()
@@ -179,15 +180,16 @@ def compact_update(
     updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
     if not topology.is_static:
 
-        def body(carry: tuple[SparsifyState, Any]) -> tuple[SparsifyState, Any]:
-            return _rewire(optimizer, *carry, params, grads)
+        def body(carry: tuple[SparsifyState, Any, Any]) -> tuple[SparsifyState, Any, Any]:
+            state, pruned, positions = carry
+            return (*_rewire(optimizer, state, pruned, params, grads), positions)
 
-        pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, active.indices, updates, is_leaf=is_masked)
-        state, pruned = when(topology.is_due(state.topology_step), body, (state, pruned))
+        pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, positions, updates, is_leaf=is_masked)
+        # The positions of this step go through the loop as they are: used beside it, they would be copied twice.
+        due = topology.is_due(state.topology_step)
+        state, pruned, positions = when(due, body, (state, pruned, positions))
         updates = jax.tree.map(lambda p, u: u if is_masked(p) else p, pruned, updates, is_leaf=is_masked)
-    sparse = jax.tree.map(
-        lambda i, u: u if is_masked(i) else SparseUpdate(i, u), active.indices, updates, is_leaf=is_masked
-    )
+    sparse = jax.tree.map(lambda i, u: u if is_masked(i) else SparseUpdate(i, u), positions, updates, is_leaf=is_masked)
     return sparse, state
 
 

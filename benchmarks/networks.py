@@ -1,0 +1,44 @@
+"""Parameters of multilayer perceptrons of a given size, with a loss, for timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NUM_INPUTS, NUM_CLASSES = 784, 10
+
+
+def mlp_params(num_params: int, seed: int = 0) -> dict[str, dict[str, jax.Array]]:
+    """Three hidden layers of equal width, with about `num_params` weights, He initialisation."""
+    width = 1
+    while NUM_INPUTS * width + 2 * width * width + width * NUM_CLASSES < num_params:
+        width += 1
+    sizes = [NUM_INPUTS, width, width, width, NUM_CLASSES]
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    return {
+        f"dense_{i}": {
+            "kernel": jax.random.normal(keys[i], (m, n)) * jnp.sqrt(2.0 / m),
+            "bias": jnp.zeros(n),
+        }
+        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    }
+
+
+def batches(num_batches: int, batch_size: int, seed: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Stacked random inputs and labels."""
+    inputs_key, labels_key = jax.random.split(jax.random.key(seed))
+    inputs = jax.random.normal(inputs_key, (num_batches, batch_size, NUM_INPUTS))
+    return inputs, jax.random.randint(labels_key, (num_batches, batch_size), 0, NUM_CLASSES)
+
+
+def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean cross-entropy."""
+    x, labels = batch
+    for i in range(len(params)):
+        layer = params[f"dense_{i}"]
+        x = x @ layer["kernel"] + layer["bias"]
+        x = jax.nn.relu(x) if i < len(params) - 1 else x
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
