@@ -116,6 +116,8 @@ def random_masks(params: optax.Params, counts: Any, key: jax.Array) -> Any:
     index = iter(range(len(jax.tree.leaves(params))))
 
     def random_mask(count: Any, leaf: jax.Array) -> Any:
+        if is_masked(leaf):  # hidden by optax.masked or optax.partition
+            return leaf
         leaf_key = jax.random.fold_in(key, next(index))
         return count if is_masked(count) else select(random_scores(leaf_key, leaf), count)
 
