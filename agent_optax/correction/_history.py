@@ -20,19 +20,17 @@ class HistoryState(NamedTuple):
     """State of `history`."""
 
     previous_grads: optax.Updates  # like params: the gradient of the previous step
-    running_mean: optax.Updates  # like params: moving average of past gradients, not yet debiased
+    running_mean: optax.Updates  # like params: moving average of past gradients, debiased
     running_weight: jax.Array  # float32 []: the weight that running_mean has gathered, 1 - decay^t
     previous_loss: jax.Array  # float32 []: the loss of the previous step, nan when `value` was not given
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
         """The previous gradient, and the mean of those before the current one."""
         del grads, extra_args
-        is_known = self.running_weight > 0
-        weight = jnp.where(is_known, self.running_weight, 1)
         return Recalled(
             old_grads=self.previous_grads,
-            mean_grads=jax.tree.map(lambda m: (m / weight).astype(m.dtype), self.running_mean),
-            is_known=is_known,
+            mean_grads=self.running_mean,
+            is_known=self.running_weight > 0,
             old_loss=self.previous_loss,
         )
 
@@ -64,15 +62,20 @@ class History:
         """Keeps the gradient and its moving average; entries that are not finite are passed over."""
         del recalled, corrected, params
 
+        weight = self.decay * memory_state.running_weight + (1 - self.decay)
+        # 1 at the first step: the mean is then that gradient to the last bit, and the difference of the two is 0, not
+        # a rounding error whose regression would be noise.
+        rate = (1 - self.decay) / weight
+
         def average(grad: jax.Array, mean: jax.Array) -> jax.Array:
-            return keep_finite(self.decay * mean + (1 - self.decay) * grad, mean).astype(mean.dtype)
+            return keep_finite(mean + rate * (grad - mean), mean).astype(mean.dtype)
 
         return HistoryState(
             previous_grads=jax.tree.map(
                 lambda g, old: keep_finite(g, old).astype(old.dtype), grads, memory_state.previous_grads
             ),
             running_mean=jax.tree.map(average, grads, memory_state.running_mean),
-            running_weight=(self.decay * memory_state.running_weight + (1 - self.decay)).astype(jnp.float32),
+            running_weight=weight.astype(jnp.float32),
             previous_loss=jnp.asarray(extra_args.get("value", jnp.nan), jnp.float32),
         )
 
