@@ -14,7 +14,7 @@ ENTRYWISE = frozenset(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp "
     "convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
     "is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow "
-    "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin "
+    "reduce_precision rem reshard round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin "
     "sinh sqrt square stop_gradient sub tan tanh xor sharding_constraint".split()
 )
 # Primitives that may add, drop or index axes in front of those of the parameter.
