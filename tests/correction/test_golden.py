@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import jit
 
 import agent_optax
 
@@ -43,7 +44,7 @@ def test_corrected_steps(x64, golden, variant, by):
     )
     params = [jnp.asarray(numbers[f"p0_{i}"]) for i in tensors]
     opt_state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = jit(tx.update)
 
     for step, num_batches in enumerate(numbers["mul"]):
         # The mean gradient is another at each step too: that of one batch, which is the mean.
@@ -176,7 +177,7 @@ def epochs(tx, numbers):
     opt_state = tx.init(params)
     grads_fn = agent_optax.value_and_grads(mlp_loss, has_aux=True)
 
-    @jax.jit
+    @jit
     def step(params, opt_state, batch):
         ((value, statistics), grads), extras = grads_fn(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, **extras)
@@ -245,7 +246,7 @@ def test_running_statistics_of_batch_normalisation(x64, golden):
     x, y = numbers["X"], numbers["y"]
     mean, var = np.zeros(16), np.ones(16)
     tx = unclipped_agent(**published_hyperparameters(numbers))
-    loss = jax.jit(mlp_loss)
+    loss = jit(mlp_loss)
     for epoch, record in enumerate(epochs(tx, numbers)):
         anchor = [loss(record["start"], (x[samples], y[samples]))[1] for samples in numbers["idx_anchor"][epoch]]
         for batch_mean, batch_var in anchor + record["statistics"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import jit
 
 import agent_optax
 
@@ -16,7 +17,7 @@ def loss_fn(params, batch):
     return jnp.mean((jnp.tanh(x @ params["kernel"] + params["bias"]) - y) ** 2)
 
 
-value_by_hand, grad_by_hand = jax.jit(loss_fn), jax.jit(jax.grad(loss_fn))
+value_by_hand, grad_by_hand = jit(loss_fn), jit(jax.grad(loss_fn))
 
 
 def make_params(seed, dtype=np.float32):
@@ -123,7 +124,7 @@ def test_inside_jit_and_scan():
     batches = make_batches()
     start = make_params(1), tx.init(make_params(1))
 
-    @jax.jit
+    @jit
     def train(params, opt_state):
         epoch = lambda carry, _: (train_epoch(tx, *carry, batches), None)  # noqa: E731
         return jax.lax.scan(epoch, (params, opt_state), length=3)[0]
@@ -150,7 +151,7 @@ def test_compiles_once(way):
     opt_state = tx.init(params)
     batches = make_batches()
 
-    @jax.jit
+    @jit
     def step(params, opt_state, batch):
         (_, grads), extras = agent_optax.value_and_grads(loss_fn)(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, **extras)
@@ -217,7 +218,7 @@ def test_running_statistics_are_those_of_training_alone(way):
         params, opt_state, statistics = make_params(1), tx.init(make_params(1)), running
         grads_fn = agent_optax.value_and_grads(normalised_loss, has_aux=True)
 
-        @jax.jit
+        @jit
         def step(params, opt_state, statistics, batch):
             ((_, statistics), grads), extras = grads_fn(params, opt_state, (batch, statistics))
             updates, opt_state = tx.update(grads, opt_state, params, **extras)
@@ -338,7 +339,7 @@ def test_finds_the_snapshot_inside(wrapper):
 
     batch = batch_list(batches)[0]
     (_, grads), extras = agent_optax.value_and_grads(loss_fn)(second, opt_state, batch)
-    updates, _ = jax.jit(tx.update)(grads, opt_state, second, **extras)
+    updates, _ = jit(tx.update)(grads, opt_state, second, **extras)
     old_grads, mean_grads = grad_by_hand(point, batch), mean_grads_by_hand(first, batches)
     for name in second:
         weight = WEIGHT if name in corrected else 0

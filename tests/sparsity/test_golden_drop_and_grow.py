@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import jit
 
 import agent_optax
 
@@ -36,7 +37,7 @@ def frozen(make_topology, numbers):
 def replace(numbers):
     """`replace(rate, weights, grads, buffers)`: one update by magnitude and gradient at a learning rate of 0."""
     tx = frozen(agent_optax.rigl, numbers)
-    update = jax.jit(tx.update)
+    update = jit(tx.update)
 
     def run(rate, weights, grads, buffers):
         opt_state = tx.init(weights)._replace(topology_step=jnp.asarray(rate, jnp.int32))
@@ -129,7 +130,7 @@ def test_random_growth(x64, numbers):
     num_keys = 1000
     keys = jax.random.bits(jax.random.key(7), (num_keys, *opt_state.topology_key.shape), jnp.uint32)
 
-    @jax.jit
+    @jit
     def draw(rate):
         def masks(key):
             start = opt_state._replace(topology_step=rate, topology_key=key)

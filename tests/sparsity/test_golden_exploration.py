@@ -1,9 +1,9 @@
 """What a sequence of topology updates explores is what the authors' published code explored."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from conformance import jit
 
 import agent_optax
 
@@ -19,7 +19,7 @@ def test_exploration_rate(x64, golden):
     params = [jnp.asarray(numbers[f"w0_{layer}"]) for layer in LAYERS]
     tx = agent_optax.sparsify(optax.sgd(0.0), topology, masks=masks)
     opt_state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = jit(tx.update)
     for t in range(num_updates):
         np.testing.assert_allclose(topology.drop_fraction(t + 1), numbers["death_rate"][t], rtol=1e-9)
         noise = [jnp.asarray(numbers[f"noise_{layer}"][t]) for layer in LAYERS]

@@ -7,11 +7,11 @@ one's value, as A-ITOP does. Redistribution between layers and growth by momentu
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conformance import jit
 
 import agent_optax
 
@@ -33,7 +33,7 @@ def replace(numbers):
         topology = make_topology(update_every=1, drop_fraction=lambda step: jnp.asarray(numbers["rates"])[step - 1])
         still = optax.chain(optax.set_to_zero(), optax.trace(decay=1.0), optax.set_to_zero())
         tx = agent_optax.sparsify(still, topology, masks=[numbers[f"mask_{layer}"] for layer in LAYERS])
-        return tx.init, jax.jit(tx.update)
+        return tx.init, jit(tx.update)
 
     def run(make_topology, rate):
         init, update = optimizer(make_topology)

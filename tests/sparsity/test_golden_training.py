@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from conformance import jit
 
 import agent_optax
 
@@ -37,14 +38,14 @@ def test_sparse_training_run(x64, golden):
     )
     names = [name.removeprefix("init_") for name in numbers if name.startswith("init_")]
     masks = {name: numbers[f"mask0_{name}"] if name in PRUNED else None for name in names}
-    tx = agent_optax.sparsify(inner, topology, masks=masks)
+    tx = agent_optax.sparsify(inner, topology, masks=masks, storage="dense")
     params = {name: jnp.asarray(numbers[f"init_{name}"]) for name in names}
     opt_state = tx.init(params)
     params = agent_optax.mask_params(params, opt_state)
     x, y = numbers["X"], numbers["y"]
     grads_fn = agent_optax.value_and_grads(mlp_loss)
 
-    @jax.jit
+    @jit
     def train_step(params, opt_state, batch):
         (value, grads), extras = grads_fn(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, **extras)
