@@ -33,7 +33,7 @@ def correct_gradients(
         memory: `snapshot()` (default) or `recursion()`, with a second gradient a step; `snapshot(cached_batches=N)`,
             `table(N)` or `history()`, with none.
         coefficient: `loss_regression()`, `gradient_regression()`, `constant(c)` or `scheduled(schedule)`. Default:
-            `loss_regression()`, the paper's, for the snapshot, and `gradient_regression()` for other memories.
+            `loss_regression()`, the paper's, for snapshot and recursion; `gradient_regression()` for table and history.
         scaling: :math:`\gamma`, no unit. Default 0.1 (the paper); take 1.0 with `gradient_regression`.
 
     Returns:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import keep_finite
-from agent_optax.correction._gradient_regression import GradientRegression, gradient_regression
+from agent_optax.correction._loss_regression import LossRegression, loss_regression
 from agent_optax.correction._memory import Recalled, required_old_grads, required_params
 
 
@@ -85,9 +85,9 @@ class Recursion:
             has_previous=jnp.ones_like(memory_state.has_previous),
         )
 
-    def default_coefficient(self) -> GradientRegression:
-        """The coefficient that we recommend."""
-        return gradient_regression()
+    def default_coefficient(self) -> LossRegression:
+        """The paper's coefficient."""
+        return loss_regression()
 
 
 def recursion() -> Recursion:
@@ -103,9 +103,10 @@ def recursion() -> Recursion:
     state holds two copies of the parameters and a bool for each.
 
     With ``constant(1 - a)`` and ``scaling=1`` it is STORM (`agent_optax.storm`); with a regression coefficient it is
-    the AGENT+MVR of the paper's Table 5. The estimate is biased: with w near 1 it hardly forgets the error of earlier
-    steps, and `gradient_regression`, which cannot tell that error from the signal, then holds w near 1. A `scaling`
-    below 1 bounds it.
+    the AGENT+MVR of the paper's Table 5. The estimate is biased: it forgets the error of earlier steps at the rate
+    1 - w, so never with w = 1. A regression sees old and new gradients that agree, and puts c near 1: bound w with a
+    `scaling` below 1. `gradient_regression` is the worse choice, because it takes the common error of the two
+    gradients for agreement: with ``scaling=1`` it locks the estimate to its error.
 
     Returns:
         A memory for `agent_optax.correct_gradients`.
