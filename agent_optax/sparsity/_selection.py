@@ -42,6 +42,8 @@ def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None =
     k = jnp.asarray(k, jnp.int32)
     threshold = _largest_with_count(lambda t: _count(ranks >= t), k, ranks.dtype)
     above, tied = ranks > threshold, ranks == threshold
+    if candidates is not None:
+        tied &= candidates
     missing = k - _count(above)
     return above | (tied & _first(tied, missing))
 
@@ -52,14 +54,18 @@ def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _ranks(scores: jax.Array) -> jax.Array:
-    """Unsigned integers >= 1 in the order of the scores."""
+    """Unsigned integers of the same width in the order of the scores."""
+    if scores.dtype == bool:
+        return scores.astype(jnp.uint8)
     if jnp.issubdtype(scores.dtype, jnp.unsignedinteger):
-        return jnp.maximum(scores, 1).astype(jnp.promote_types(scores.dtype, jnp.uint32))
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    word = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+        return scores
+    word = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
     sign = jnp.asarray(1 << (jnp.iinfo(word).bits - 1), word)
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, jnp.zeros_like(scores), scores), word)
-    return jnp.where(jnp.isnan(scores), 1, jnp.where(bits & sign != 0, ~bits, bits | sign)).astype(word)
+    bits = jax.lax.bitcast_convert_type(scores, word)
+    if jnp.issubdtype(scores.dtype, jnp.signedinteger):
+        return bits ^ sign
+    bits = jnp.where(bits == sign, 0, bits)  # -0.0, told by its bits: to XLA on a CPU subnormal numbers equal 0 too
+    return jnp.where(jnp.isnan(scores), 0, jnp.where(bits & sign != 0, ~bits, bits | sign)).astype(word)
 
 
 def _count(mask: jax.Array) -> jax.Array:
