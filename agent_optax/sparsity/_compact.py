@@ -157,7 +157,7 @@ def compact_update(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, SparsifyState]:
     """One step. `state.topology_step` already counts it."""
-    inner, topology, _ = optimizer
+    inner = optimizer.inner
     active: CompactActive = state.active_weights
     positions = active.indices
     structure = jax.tree.structure(params)
@@ -178,7 +178,7 @@ def compact_update(
         active = active.points_moved()
     state = state._replace(inner_state=inner_state, active_weights=active)
     updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
-    if not topology.is_static:
+    if not optimizer.topology.is_static:
 
         def body(carry: tuple[SparsifyState, Any, Any]) -> tuple[SparsifyState, Any, Any]:
             state, pruned, positions = carry
@@ -186,7 +186,7 @@ def compact_update(
 
         pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, positions, updates, is_leaf=is_masked)
         # The positions of this step go through the loop as they are: used beside it, they would be copied twice.
-        due = topology.is_due(state.topology_step)
+        due = jnp.any(optimizer.layers_due(state.topology_step, len(jax.tree.leaves(positions))))
         state, pruned, positions = when(due, body, (state, pruned, positions))
         updates = jax.tree.map(lambda p, u: u if is_masked(p) else p, pruned, updates, is_leaf=is_masked)
     sparse = jax.tree.map(lambda i, u: u if is_masked(i) else SparseUpdate(i, u), positions, updates, is_leaf=is_masked)
@@ -213,7 +213,7 @@ def _rewire(
     grads: optax.Updates,
 ) -> tuple[SparsifyState, optax.Updates]:
     """A topology update on the weights after this step: the state at the new positions, -p where one is dropped."""
-    inner, topology, _ = optimizer
+    inner = optimizer.inner
     active: CompactActive = state.active_weights
     weights = active.gather(params)  # once more: an ordinary step may not need it
     new_weights = jax.tree.map(lambda u, w: w if is_masked(u) else w + u, updates, weights, is_leaf=is_masked)
@@ -225,7 +225,7 @@ def _rewire(
             layers.append(Layer(_scatter(indices, w, mask), mask, grad, _unpack(bits, mask)))
 
     jax.tree.map(collect, masks, active.indices, new_weights, grads, active.ever_active, is_leaf=is_masked)
-    new_masks, state = rewired(topology, layers, state)
+    new_masks, state = rewired(optimizer, layers, grads, state)
     new_masks = jax.tree.structure(masks).unflatten(new_masks)
     indices = jax.tree.map(lambda mask, old: _positions(mask, old.shape[0]), new_masks, active.indices)
     origin = jax.tree.map(  # the place at which a position stood before; anything for those that are new

@@ -66,7 +66,7 @@ def dense_update(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, SparsifyState]:
     """One step. `state.topology_step` already counts it."""
-    inner, topology, _ = optimizer
+    inner, topology = optimizer.inner, optimizer.topology
     masks = state.active_masks(params)
     given = extra_args
     extra_args = {**given, "active_masks": masks}
@@ -77,7 +77,7 @@ def dense_update(
     if not is_entrywise:  # what happens at inactive entries reaches the others: they must see zeros
         traced = TracedUpdate(inner, apply_masks(masks, grads), state.inner_state, params, extra_args)
 
-    due = topology.is_due(state.topology_step)
+    due = jnp.any(optimizer.layers_due(state.topology_step, len(pruned)))
     active = state.active_weights
     if not topology.is_static:
 
@@ -124,12 +124,12 @@ def _rewire(
     is_entrywise: bool,
 ) -> SparsifyState:
     """A topology update on the weights after this step, which is computed here once more: ordinary steps do not pay."""
-    inner, topology, grow_by = optimizer
+    inner = optimizer.inner
     masks = carried.active_masks(params)
     seen = grads if is_entrywise else apply_masks(masks, grads)
     updates, _ = inner.update(seen, inner_state, params, active_masks=masks, **extra_args)
     new_params = optax.apply_updates(params, _masked_updates(masks, updates, params))
-    growth_grads = corrected_grads(grads, inner_state, extra_args) if grow_by == "corrected" else grads
+    growth_grads = corrected_grads(grads, inner_state, extra_args) if optimizer.grow_by == "corrected" else grads
     layers = []
 
     def collect(mask: Any, weights: jax.Array, grad: jax.Array, ever: Any) -> None:
@@ -137,7 +137,7 @@ def _rewire(
             layers.append(Layer(weights, mask, grad, ever))
 
     jax.tree.map(collect, masks, new_params, growth_grads, carried.active_weights.ever_active, is_leaf=is_masked)
-    new_masks, carried = rewired(topology, layers, carried)
+    new_masks, carried = rewired(optimizer, layers, grads, carried)
     new_masks = jax.tree.structure(masks).unflatten(new_masks)
 
     def code(new: jax.Array, old: jax.Array) -> jax.Array:

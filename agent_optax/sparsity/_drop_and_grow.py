@@ -42,6 +42,11 @@ class DropAndGrow:
     grow: Score
     is_static = False
 
+    @property
+    def interval(self) -> int:
+        """Steps between topology updates."""
+        return self.times.every
+
     def is_due(self, step: jax.Array) -> jax.Array:
         """At start, start + update_every, ... below stop."""
         return self.times.include(step)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agent_optax._tree import all_finite
-from agent_optax.sparsity._state import SparsifyState
+from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer, Topology
 
 Carry = TypeVar("Carry")
@@ -22,6 +23,12 @@ class SparseOptimizer(NamedTuple):
     inner: optax.GradientTransformationExtraArgs
     topology: Topology
     grow_by: str
+    stagger: bool
+
+    def layers_due(self, step: jax.Array, num_layers: int) -> jax.Array:
+        """Bool [num_layers]: which layers change at this step; staggered layers spread evenly over the interval."""
+        delays = np.arange(num_layers) * self.topology.interval // max(num_layers, 1) * self.stagger
+        return self.topology.is_due(step - delays)
 
 
 def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
@@ -40,18 +47,34 @@ def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
     return jax.lax.while_loop(lambda state: (state[0] < 1) & due, turn, (jnp.zeros((), jnp.int32), carry))[1]
 
 
-def rewired(topology: Topology, layers: Sequence[Layer], state: SparsifyState) -> tuple[list[jax.Array], SparsifyState]:
-    """The new masks, and the state with key and counts; the old masks when a weight or gradient is not finite."""
-    usable = all_finite([(layer.weights, layer.grads) for layer in layers])
+def rewired(
+    optimizer: SparseOptimizer, layers: Sequence[Layer], grads: optax.Updates, state: SparsifyState
+) -> tuple[list[jax.Array], SparsifyState]:
+    """The new masks, and the state with key and counts; the old masks when a gradient or weight is not finite."""
+    topology, step = optimizer.topology, state.topology_step
+    usable = all_finite((grads, [layer.weights for layer in layers]))
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
-    masks = topology.rewire(layers, state.topology_step, key)
-    masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
+    if optimizer.stagger:
+        due = optimizer.layers_due(step, len(layers))
+        keys = jax.random.split(key, len(layers))
+        masks = [
+            jax.lax.cond(
+                due[i] & usable,
+                lambda layer, key: topology.rewire([layer], step, key)[0],
+                lambda layer, key: layer.mask,
+                layer,
+                keys[i],
+            )
+            for i, layer in enumerate(layers)
+        ]
+    else:
+        masks = topology.rewire(layers, step, key)
+        masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
     pairs = [(new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
-    zero = jnp.zeros((), jnp.int32)
     return masks, state._replace(
         topology_key=jax.random.key_data(next_key),
-        num_dropped=sum((jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs), zero),
-        num_grown=sum((jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs), zero),
+        num_dropped=total([jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs]),
+        num_grown=total([jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs]),
         num_topology_updates=state.num_topology_updates + usable,
         num_skipped_updates=state.num_skipped_updates + ~usable,
     )

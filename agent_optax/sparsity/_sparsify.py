@@ -38,6 +38,7 @@ def sparsify(
     key: int | jax.Array = 0,
     masks: Any = None,
     grow_by: Literal["raw", "corrected"] = "raw",
+    stagger: bool = False,
     dense_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes any optimizer sparse: wholly inside Optax, with nothing to call after the step.
@@ -70,6 +71,8 @@ def sparsify(
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
             is pruned. `sparsity`, `distribution` and `where` are not used then.
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
+        stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
+            step does the work of all of them. Each layer still changes once an interval, later by its share of it.
         dense_updates: whether compact storage returns arrays like params, for another transformation or wrapper that
             computes with them, in place of nodes that hold the active entries and add themselves to a parameter.
 
@@ -115,7 +118,7 @@ def sparsify(
         )
     key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
     key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, grow_by)
+    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, grow_by, stagger)
     is_checked: set[Any] = set()
 
     def init(params: optax.Params) -> SparsifyState:

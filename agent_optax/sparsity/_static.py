@@ -16,6 +16,7 @@ class Static:
     """See `static`."""
 
     is_static = True
+    interval = 1
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """Never."""

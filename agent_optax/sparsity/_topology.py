@@ -29,6 +29,11 @@ class Topology(Protocol):
         """Whether the set of active weights never changes."""
         ...
 
+    @property
+    def interval(self) -> int:
+        """Steps between topology updates; `sparsify` may spread the layers over them."""
+        ...
+
     def is_due(self, step: jax.Array) -> jax.Array:
         """Whether the topology changes at this step, counted from 1."""
         ...
