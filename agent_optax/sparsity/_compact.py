@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import is_masked
+from agent_optax._tree import conform, is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
 from agent_optax.sparsity._rewiring import SparseOptimizer, rewired, when
 from agent_optax.sparsity._sparse_update import SparseUpdate, entries_at, with_entries_added
@@ -160,10 +160,7 @@ def compact_update(
     inner = optimizer.inner
     active: CompactActive = state.active_weights
     positions = active.indices
-    structure = jax.tree.structure(params)
-    gathered = {
-        name: active.gather(arg) if jax.tree.structure(arg) == structure else arg for name, arg in extra_args.items()
-    }
+    gathered = {name: _gathered_like(arg, params, active) for name, arg in extra_args.items()}
     if active.is_uncorrected is not None and gathered.get("old_grads") is not None:
         # The mean gradient at a grown weight starts at zero; with an old gradient of zero it is not corrected.
         gathered["old_grads"] = jax.tree.map(
@@ -191,6 +188,16 @@ def compact_update(
         updates = jax.tree.map(lambda p, u: u if is_masked(p) else p, pruned, updates, is_leaf=is_masked)
     sparse = jax.tree.map(lambda i, u: u if is_masked(i) else SparseUpdate(i, u), positions, updates, is_leaf=is_masked)
     return sparse, state
+
+
+def _gathered_like(arg: Any, params: optax.Params, active: CompactActive) -> Any:
+    """The active entries of an extra argument shaped like `params`; any other argument as it is."""
+    try:
+        arg_like_params = conform(arg, params)  # an outer wrapper hides leaves of params, but not of extra arguments
+        shapes, arg_shapes = (jax.tree.map(jnp.shape, tree) for tree in (params, arg_like_params))
+    except (TypeError, ValueError):  # another tree
+        return arg
+    return active.gather(arg_like_params) if arg_shapes == shapes else arg
 
 
 def as_dense_updates(updates: optax.Updates, params: optax.Params) -> optax.Updates:
@@ -238,7 +245,7 @@ def _rewire(
     )
     moved = active._replace(indices=indices)
     fresh = inner.init(moved.gather(dense_weights))
-    origins, survivors = (jax.tree.leaves(t, is_leaf=is_masked) for t in (origin, survives))
+    origins, survivors = (jax.tree.structure(weights).flatten_up_to(t) for t in (origin, survives))
     leaf_of_state = leaf_of_each_state(inner, state.inner_state, active.indices, weights, exempt="point_fields")
     leaves, treedef = jax.tree.flatten(state.inner_state)
     for k, (i, start) in enumerate(zip(leaf_of_state, jax.tree.leaves(fresh), strict=True)):

@@ -72,7 +72,8 @@ def dense_update(
     extra_args = {**given, "active_masks": masks}
     leaf_of_state = leaf_of_each_state(inner, state.inner_state, masks, params, exempt="dense_fields")
     traced = TracedUpdate(inner, grads, state.inner_state, params, extra_args)
-    pruned = [i for i, m in enumerate(jax.tree.leaves(masks, is_leaf=is_masked)) if not is_masked(m)]
+    structure = jax.tree.structure(params)  # parameters that an outer wrapper hides are no leaves of it
+    pruned = [i for i, m in enumerate(structure.flatten_up_to(masks)) if not is_masked(m)]
     is_entrywise = traced.mixing(pruned, leaf_of_state).is_entrywise()
     if not is_entrywise:  # what happens at inactive entries reaches the others: they must see zeros
         traced = TracedUpdate(inner, apply_masks(masks, grads), state.inner_state, params, extra_args)
@@ -91,7 +92,7 @@ def dense_update(
     # Dropped and inactive weights are INACTIVE; weights grown at this very step are NEW and start at the next one.
     threshold = jnp.where(due, NEW, INACTIVE).astype(jnp.uint8)
     kept = jax.tree.map(lambda a: a > threshold, active.activity)
-    kept_leaves = jax.tree.leaves(kept, is_leaf=is_masked)
+    kept_leaves = structure.flatten_up_to(kept)
     fresh = jax.tree.leaves(inner.init(apply_masks(kept, params)))
 
     def hold(k: int, new: jax.Array) -> jax.Array:

@@ -155,7 +155,8 @@ def sparsify(
         kind = (jax.tree.structure(params), *(jnp.shape(p) for p in jax.tree.leaves(params)))
         if kind in is_checked:
             return
-        pruned = [i for i, m in enumerate(jax.tree.leaves(active, is_leaf=is_masked)) if not is_masked(m)]
+        leaves = jax.tree.structure(params).flatten_up_to(active)
+        pruned = [i for i, m in enumerate(leaves) if not is_masked(m)]
         try:
             check_compact(optimizer.inner, params, pruned, extra_args)
         except Exception as error:
