@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from agent_optax._tree import is_masked
-from agent_optax._validation import check_fraction
+from agent_optax._validation import check_fraction, check_part, is_concrete_number
 from agent_optax.sparsity._compact import (
     as_dense_updates,
     check_compact,
@@ -82,7 +82,7 @@ def sparsify(
     Raises:
         ValueError: if `sparsity` is missing or outside [0, 1), `grow_by` is unknown, `where` selects nothing, or trees
             do not match (the last two from ``init``).
-        TypeError: from ``init``, if a leaf to prune is not floating-point.
+        TypeError: if `inner`, `topology` or `key` is not one; from ``init``, if a leaf to prune is not floating-point.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax
@@ -98,14 +98,16 @@ def sparsify(
     """
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
+    check_part("inner", inner, "update", "optax.sgd(0.1)")
+    check_part("topology", topology, "rewire", "agent_optax.rigl()")
     if sparsity is None and masks is None:
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
-    if isinstance(sparsity, jax.Array):
+    if isinstance(sparsity, (jax.Array, np.ndarray)):
         raise ValueError(
             f"sparsity must be a plain number, because it fixes shapes and counts, got {sparsity!r}. Under "
-            "optax.inject_hyperparams pass static_args=('sparsity', 'distribution', 'where', 'key')."
+            "optax.inject_hyperparams pass static_args=('sparsity', 'distribution', 'where')."
         )
-    if isinstance(sparsity, (int, float)):
+    if is_concrete_number(sparsity):
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
     if grow_by not in ("raw", "corrected"):
         raise ValueError(f"grow_by must be 'raw' or 'corrected', got {grow_by!r}.")
@@ -116,8 +118,7 @@ def sparsify(
             "grow_by='corrected' needs the corrected gradient of inactive weights, which storage='compact' does not "
             "hold: use grow_by='raw' or storage='dense'."
         )
-    key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    key = _random_key(key)
     optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, grow_by, stagger)
     is_checked: set[Any] = set()
 
@@ -165,16 +166,34 @@ def sparsify(
             return
         is_checked.add(kind)
 
+    def take_step(
+        grads: optax.Updates, state: SparsifyState, params: optax.Params, extra_args: dict[str, Any]
+    ) -> tuple[optax.Updates, SparsifyState]:
+        state = state._replace(topology_step=state.topology_step + 1)
+        if storage == "dense":
+            return dense_update(optimizer, grads, state, params, extra_args)
+        check(params, state.active_weights.indices, extra_args, is_last_chance=True)
+        updates, state = compact_update(optimizer, grads, state, params, extra_args)
+        return (as_dense_updates(updates, params) if dense_updates else updates), state
+
+    compiled_step = jax.jit(take_step)  # outside any jit, a loop would otherwise compile anew at each step
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SparsifyState]:
         if params is None:
             raise ValueError("sparsify needs the parameters: call tx.update(grads, opt_state, params, ...).")
-        state = state._replace(topology_step=state.topology_step + 1)
-        if storage == "dense":
-            return dense_update(optimizer, updates, state, params, extra_args)
-        check(params, state.active_weights.indices, extra_args, is_last_chance=True)
-        updates, state = compact_update(optimizer, updates, state, params, extra_args)
-        return (as_dense_updates(updates, params) if dense_updates else updates), state
+        is_plain = all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(extra_args))
+        return (compiled_step if is_plain else take_step)(updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _random_key(key: int | jax.Array) -> jax.Array:
+    """A typed key from a seed, a typed key or key data; a seed may be an array, as inject_hyperparams makes it."""
+    dtype = jnp.result_type(key) if isinstance(key, (int, np.generic, np.ndarray, jax.Array)) else None
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+        return jax.random.wrap_key_data(key) if jnp.ndim(key) else jax.random.key(key)
+    raise TypeError(f"key must be a seed such as 0, or a random key such as jax.random.key(0) makes, got {key!r}.")
