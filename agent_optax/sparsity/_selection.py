@@ -9,9 +9,9 @@ import jax.numpy as jnp
 def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     r"""A mask of the k largest scores: exactly k True, ties to the lowest flat index, no sort.
 
-    The k-th largest value is found by bisection on the bits of the scores, mapped to integers of the same order; each
-    of its steps is one count over the array. So the cost does not depend on k, nothing is gathered or sorted, and on a
-    sharded array only scalars cross the wire.
+    The k-th largest value is searched for between bounds on the bits of the scores, mapped to integers of the same
+    order; each step of the search is one count over the array. So the cost hardly depends on k, nothing is gathered or
+    sorted, and on a sharded array only scalars cross the wire.
 
     Args:
         scores: [...] real numbers; nan ranks below everything else, -0.0 equals 0.0.
@@ -22,6 +22,7 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
 
     Raises:
         ValueError: if `k` is a plain number outside 0 .. scores.size.
+        TypeError: if `k` is no whole number, or scores are complex.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp
@@ -29,6 +30,10 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
         Array([ True, False,  True, False], dtype=bool)
     """
     scores = jnp.asarray(scores)
+    if jnp.issubdtype(scores.dtype, jnp.complexfloating):
+        raise TypeError(f"scores must be real, got dtype {scores.dtype}: select by jnp.abs(scores).")
+    if jnp.ndim(k) or not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+        raise TypeError(f"k must be a whole number, got {k!r}: it is how many to select.")
     if not isinstance(k, jax.Array) and not 0 <= k <= scores.size:
         raise ValueError(f"k must lie between 0 and the number of scores, {scores.size}, got {k!r}.")
     return select(scores, k)
@@ -40,7 +45,7 @@ def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None =
     if candidates is not None:
         ranks = jnp.where(candidates, ranks, 0)
     k = jnp.asarray(k, jnp.int32)
-    threshold = _largest_with_count(lambda t: _count(ranks >= t), k, ranks.dtype)
+    threshold = _kth_largest(ranks, k)
     above, tied = ranks > threshold, ranks == threshold
     if candidates is not None:
         tied &= candidates
@@ -72,14 +77,41 @@ def _count(mask: jax.Array) -> jax.Array:
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def _largest_with_count(count_from, k: jax.Array, word) -> jax.Array:
-    """The largest t with count_from(t) >= k, built bit by bit from the top; count_from falls as t grows."""
+def _kth_largest(ranks: jax.Array, k: jax.Array) -> jax.Array:
+    """The least t with at most k ranks above it, or any t with exactly k above it.
 
-    def body(i, t):
-        candidate = t | (jnp.asarray(1, word) << (jnp.iinfo(word).bits - 1 - i).astype(word))
-        return jnp.where(count_from(candidate) >= k, candidate, t)
+    The bracket lo < t <= hi is cut where the counts at its ends suggest, which takes about ten counts on weights and
+    gradients; every second cut halves it, so the number of counts is bounded whatever the ranks are.
+    """
+    word = ranks.dtype
+    real = jnp.float64 if word == jnp.uint64 else jnp.float32
 
-    return jax.lax.fori_loop(0, jnp.iinfo(word).bits, body, jnp.zeros((), word))
+    def is_open(bracket):
+        _, lo, hi, above_lo, _ = bracket
+        return (above_lo > k) & (hi - lo > 1)
+
+    def cut(bracket):
+        turn, lo, hi, above_lo, above_hi = bracket
+        width = hi - lo
+        share = (above_lo - k).astype(real) / (above_lo - above_hi).astype(real)
+        suggested = (width.astype(real) * jnp.minimum(share, 1 - 1e-6)).astype(word)
+        step = jnp.clip(jnp.where(turn % 2 == 1, width // 2, suggested), 1, width - 1)
+        at = lo + step
+        above = _count(ranks > at)
+        enough = above >= k
+        return (
+            turn + 1,
+            jnp.where(enough, at, lo),
+            jnp.where(enough, hi, at),
+            jnp.where(enough, above, above_lo),
+            jnp.where(enough, above_hi, above),
+        )
+
+    zero, top = jnp.zeros((), jnp.int32), jnp.asarray(jnp.iinfo(word).max, word)
+    above_zero = _count(ranks > 0)
+    lo = jnp.where(above_zero > k, jnp.min(jnp.where(ranks > 0, ranks, top), initial=top) - 1, 0).astype(word)
+    _, lo, hi, above_lo, _ = jax.lax.while_loop(is_open, cut, (zero, lo, jnp.max(ranks, initial=0), above_zero, zero))
+    return jnp.where(above_lo > k, hi, lo)
 
 
 def _first(tied: jax.Array, n: jax.Array) -> jax.Array:
