@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import check_floating, conform, select_active, statistics_dtype
-from agent_optax._validation import check_number
+from agent_optax._validation import check_number, check_part
 from agent_optax.correction._coefficient import Coefficient
 from agent_optax.correction._memory import Memory
 from agent_optax.correction._snapshot import snapshot
@@ -44,7 +44,7 @@ def correct_gradients(
 
     Raises:
         ValueError: if `scaling` is not finite; from `update`, if an extra argument is missing.
-        TypeError: from `init`, if a parameter is not floating-point.
+        TypeError: if `memory` or `coefficient` is not one; from `init`, if a parameter is not floating-point.
 
     Example:
         >>> import agent_optax, jax, jax.numpy as jnp, optax
@@ -67,7 +67,9 @@ def correct_gradients(
         Lei et al., Balance is Essence, CPAL 2024, equation (2) and Algorithm 1.
     """
     remembering: Memory = snapshot() if memory is None else memory
+    check_part("memory", remembering, "remember", "agent_optax.snapshot()")
     choosing: Coefficient = remembering.default_coefficient() if coefficient is None else coefficient
+    check_part("coefficient", choosing, "observe", "agent_optax.constant(1.0)")
     check_number("scaling", scaling, "the paper takes 0.1; 1.0 subtracts the whole estimate")
 
     def init(params: optax.Params) -> CorrectGradientsState:

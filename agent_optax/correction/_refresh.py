@@ -53,6 +53,7 @@ def refresh(
     Raises:
         ValueError: if `opt_state` has no snapshot to refresh; if `batches` is empty, of unequal sizes, or of another
             number than the snapshot caches.
+        TypeError: if `batches` is neither arrays nor an iterator.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp
@@ -78,6 +79,11 @@ def refresh(
         _check_stacked(batches)
         _check_cached(opt_state, jax.tree.leaves(batches)[0].shape[0])
         return _scan_pass(loss_fn, has_aux, params, opt_state, batches)
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be a tree of arrays with a leading axis of batches, or an iterator of batches, got "
+            f"{batches!r}."
+        )
     return _host_pass(loss_fn, has_aux, params, opt_state, batches)
 
 

@@ -191,9 +191,13 @@ def sparsify(
 
 def _random_key(key: int | jax.Array) -> jax.Array:
     """A typed key from a seed, a typed key or key data; a seed may be an array, as inject_hyperparams makes it."""
-    dtype = jnp.result_type(key) if isinstance(key, (int, np.generic, np.ndarray, jax.Array)) else None
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return key
-    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
-        return jax.random.wrap_key_data(key) if jnp.ndim(key) else jax.random.key(key)
+    if isinstance(key, (int, np.integer)):
+        return jax.random.key(key)
+    if isinstance(key, (np.ndarray, jax.Array)):
+        key = jnp.asarray(key)
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            is_default = key.dtype == jax.random.key(0).dtype  # the state holds key data, of the default kind
+            return key if is_default else jax.random.key(jax.random.bits(key))
+        if jnp.issubdtype(key.dtype, jnp.integer):
+            return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
     raise TypeError(f"key must be a seed such as 0, or a random key such as jax.random.key(0) makes, got {key!r}.")

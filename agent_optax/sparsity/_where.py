@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import is_masked
-from agent_optax._validation import check_fraction
+from agent_optax._tree import conform, is_masked
+from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
 from agent_optax.sparsity._selection import random_scores, select
 
@@ -79,8 +79,16 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
         if c
     ]
     names = [path_name(path) for path, _ in pruned]
-    if isinstance(sparsity, (int, float)):
-        return list(zip(names, distribution([jnp.shape(leaf) for _, leaf in pruned], float(sparsity)), strict=True))
+    if is_concrete_number(sparsity):
+        shared = list(distribution([jnp.shape(leaf) for _, leaf in pruned], float(sparsity)))
+        if len(shared) != len(names):
+            raise ValueError(
+                f"distribution= must give one density for each of the {len(names)} leaves to prune, "
+                f"{', '.join(names)}, got {shared!r}."
+            )
+        for name, density in zip(names, shared, strict=True):
+            check_fraction(f"the density of {name} that distribution= gives", density, "it is a share of the leaf")
+        return list(zip(names, shared, strict=True))
     per_leaf: list[Any]
     if callable(sparsity):
         per_leaf = [sparsity(name) for name in names]
@@ -89,6 +97,8 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
             tree = jax.tree.map(
                 lambda s, p: 0.0 if s is None else s, sparsity, params, is_leaf=lambda node: node is None
             )
+            tree = conform(tree, params)
+            jax.tree.map(lambda p, s: s, params, tree)  # raises unless it reaches down to the leaves
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "sparsity must be a number, a callable on the leaf's path, or a tree like params with None where "
@@ -128,7 +138,7 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
     """Checked copies of masks that a user gave, with MaskedNode for None."""
 
     def check(path: tuple[Any, ...], mask: Any, leaf: Any) -> Any:
-        if mask is None or is_masked(mask):
+        if mask is None or is_masked(mask) or is_masked(leaf):
             return optax.MaskedNode()
         if jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) not in (jnp.bool_, jnp.uint8, jnp.int8):
             raise ValueError(
@@ -139,7 +149,7 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
         return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
 
     try:
-        return jax.tree_util.tree_map_with_path(check, masks, params, is_leaf=lambda x: x is None or is_masked(x))
+        checked = jax.tree_util.tree_map_with_path(check, masks, params, is_leaf=lambda x: x is None or is_masked(x))
     except ValueError as error:
         if "masks= must" in str(error):
             raise
@@ -147,6 +157,9 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
             f"masks= must be a tree like params, with None where nothing is pruned; got {jax.tree.structure(masks)} "
             f"for parameters {jax.tree.structure(params)}."
         ) from error
+    if not jax.tree.leaves(checked):
+        raise ValueError("masks= holds no mask, only None: give a boolean array for each leaf to prune.")
+    return checked
 
 
 def given_counts(masks: Any) -> Any:
