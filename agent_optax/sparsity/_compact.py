@@ -78,6 +78,14 @@ def _scatter(indices: jax.Array, values: jax.Array, like: jax.Array) -> jax.Arra
     return with_entries_added(flat, indices, values).reshape(jnp.shape(like))
 
 
+def _take(x: jax.Array, places: jax.Array) -> jax.Array:
+    """`x[..., places]`, row by row: a gather from the last axis makes XLA turn the whole array at every step."""
+    if x.ndim == 1:
+        return x[places]
+    rows = x.reshape(-1, x.shape[-1])
+    return jax.lax.fori_loop(0, rows.shape[0], lambda j, r: r.at[j].set(r[j][places]), rows).reshape(x.shape)
+
+
 def _positions(mask: jax.Array, count: int) -> jax.Array:
     return jnp.flatnonzero(mask, size=count).astype(jnp.int32)
 
@@ -250,7 +258,7 @@ def _rewire(
     leaves, treedef = jax.tree.flatten(state.inner_state)
     for k, (i, start) in enumerate(zip(leaf_of_state, jax.tree.leaves(fresh), strict=True)):
         if i != NO_LEAF:
-            leaves[k] = jnp.where(survivors[i], leaves[k][..., origins[i]], start)
+            leaves[k] = jnp.where(survivors[i], _take(leaves[k], origins[i]), start)
     if active.is_uncorrected is not None:
         is_uncorrected = jax.tree.map(lambda new, i, s: new[i] | ~s, active.is_uncorrected, origin, survives)
         moved = moved._replace(is_uncorrected=is_uncorrected)
