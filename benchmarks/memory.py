@@ -1,6 +1,6 @@
 """Bytes of optimizer state, and the peak that XLA plans for a step, relative to the parameters.
 
-    python benchmarks/memory.py
+python benchmarks/memory.py
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import agent_optax
 import jax
 import jax.numpy as jnp
 import optax

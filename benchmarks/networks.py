@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def mlp_params(num_params: int, seed: int = 0) -> dict[str, dict[str, jax.Array]
             "kernel": jax.random.normal(keys[i], (m, n)) * jnp.sqrt(2.0 / m),
             "bias": jnp.zeros(n),
         }
-        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (m, n) in enumerate(itertools.pairwise(sizes))
     }
 
 

@@ -72,10 +72,15 @@ def optimizers(sparsity: float) -> dict[str, tuple[str, optax.GradientTransforma
     return cases
 
 
+def is_sparse(opt_state: Any) -> bool:
+    """Whether parameters must be masked before the first step."""
+    return isinstance(opt_state, agent_optax.SparsifyState)
+
+
 def optimizer_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> Callable[[], Any]:
     """A closure that takes one donated step with fixed gradients."""
     opt_state = tx.init(params)
-    if agent_optax.sparsity._state.find_sparsify(opt_state):
+    if is_sparse(opt_state):
         params = agent_optax.mask_params(params, opt_state)
     params = jax.tree.map(jnp.copy, params)
     grads = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), params)
@@ -98,7 +103,7 @@ def optimizer_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> Ca
 def train_step(tx: optax.GradientTransformationExtraArgs, params: Any, batch: Any) -> Callable[[], Any]:
     """A closure that takes one donated train step on a fixed batch."""
     opt_state = tx.init(params)
-    if agent_optax.sparsity._state.find_sparsify(opt_state):
+    if is_sparse(opt_state):
         params = agent_optax.mask_params(params, opt_state)
     params = jax.tree.map(jnp.copy, params)
     grads_fn = agent_optax.value_and_grads(loss_fn)

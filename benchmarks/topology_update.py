@@ -1,6 +1,6 @@
 """What one topology update costs, against the sort that other libraries pay.
 
-    python benchmarks/topology_update.py
+python benchmarks/topology_update.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import agent_optax
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,6 +19,8 @@ from interleaved import interleaved_seconds, median_ratio
 from networks import mlp_params
 from rich.console import Console
 from rich.table import Table
+
+import agent_optax
 
 
 @dataclasses.dataclass(frozen=True)

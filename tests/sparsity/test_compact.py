@@ -139,7 +139,9 @@ def test_corrections_agree_while_nothing_grows(memory: str, coefficient: str) ->
     chex.assert_trees_all_close(compact, dense, rtol=2e-5, atol=1e-6)
     if memory == "snapshot":
         chex.assert_trees_all_close(
-            agent_optax.snapshot_params(compact_state, params), agent_optax.snapshot_params(dense_state, params), rtol=2e-5
+            agent_optax.snapshot_params(compact_state, params),
+            agent_optax.snapshot_params(dense_state, params),
+            rtol=2e-5,
         )
 
 
@@ -185,9 +187,7 @@ def test_a_grown_weight_is_not_corrected_until_the_next_refresh() -> None:
 
 def test_state_shrinks_with_the_density() -> None:
     params = {f"layer_{i}": jnp.ones((300, 300)) for i in range(4)}
-    tx = agent_optax.sparsify(
-        agent_optax.agent(0.1), agent_optax.rigl(), sparsity=0.99, storage="compact", key=0
-    )
+    tx = agent_optax.sparsify(agent_optax.agent(0.1), agent_optax.rigl(), sparsity=0.99, storage="compact", key=0)
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -247,9 +247,7 @@ def test_scaled_sparse_updates_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adafactor", "transposing"])
 def test_optimizers_that_see_shapes_are_refused(name: str) -> None:
-    transposing = optax.stateless(
-        lambda updates, params: jax.tree.map(lambda u: u[::-1] if u.ndim > 1 else u, updates)
-    )
+    transposing = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u[::-1] if u.ndim > 1 else u, updates))
     inner = {"muon": optax.contrib.muon(0.1), "adafactor": optax.adafactor(0.1), "transposing": transposing}[name]
     params = {"w": jnp.ones((130, 130)), "b": jnp.ones(3)}
     tx = agent_optax.sparsify(inner, agent_optax.rigl(), sparsity=0.5, storage="compact")

@@ -1,0 +1,101 @@
+"""The cases of the registry under explicit sharding, on a mesh of eight devices, in a process that has them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import optax
+import pytest
+from conformance import CASES, TYPICAL_CASES, Case, initial_params, jit
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
+
+PARTITION = {
+    "dense": {"bias": PartitionSpec("x"), "kernel": PartitionSpec("x", None)},
+    "gain": PartitionSpec(),
+}
+
+
+def sharded_params(case: Case, mesh: jax.sharding.Mesh) -> optax.Params:
+    def place(p: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.device_put(p, NamedSharding(mesh, spec if case.takes_sharded else PartitionSpec(*(None,) * p.ndim)))
+
+    return jax.tree.map(place, initial_params(), PARTITION)
+
+
+def types(tree: Any) -> Any:
+    """Shape, dtype and sharding of every leaf, as text."""
+    return jax.tree.map(lambda leaf: str(jax.typeof(leaf)), tree)
+
+
+if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+
+    @pytest.mark.parametrize("part", ["rigl", "not rigl"])  # two, which two processes can run
+    def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
+        done = subprocess.run(
+            command,
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert re.search(r"\d+ passed", done.stdout)
+
+else:
+
+    @pytest.fixture
+    def mesh() -> jax.sharding.Mesh:
+        return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+    def test_sharding_types(case: Case, mesh: jax.sharding.Mesh) -> None:
+        with set_mesh(mesh):
+            tx = case.make()
+            params = sharded_params(case, mesh)
+            started = jax.eval_shape(lambda params: case.start(tx, params), params)
+            stepped = jax.eval_shape(lambda *both: case.run(tx, *both), *started)  # a scan: its carry is stable too
+            assert types(stepped) == types(started)
+            assert types(started[0]) == types(params)
+
+            def lies_like_its_parameter(leaf: Any, param: jax.Array) -> None:
+                if not isinstance(leaf, optax.MaskedNode) and leaf.shape == param.shape:
+                    assert jax.typeof(leaf).sharding == jax.typeof(param).sharding
+
+            optax.tree.map_params(
+                tx,
+                lies_like_its_parameter,
+                started[1],
+                params,
+                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            )
+
+    @pytest.mark.parametrize("case", TYPICAL_CASES.values(), ids=TYPICAL_CASES.keys())
+    def test_values_equal_those_of_one_device(case: Case, mesh: jax.sharding.Mesh) -> None:
+        tx = case.make()
+        expected = jit(lambda params: case.run(tx, *case.start(tx, params)))(initial_params())
+        with set_mesh(mesh):
+            params = sharded_params(case, mesh)
+            result = jit(lambda params: case.run(tx, *case.start(tx, params)))(params)
+        assert len(result[0]["dense"]["kernel"].sharding.device_set) == 8
+        chex.assert_trees_all_close(jax.device_get(result), jax.device_get(expected), rtol=2e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("name", ["sparsify-rigl-momentum", "sparsify-set_-momentum"])
+    def test_topology_update_gathers_nothing(name: str, mesh: jax.sharding.Mesh) -> None:
+        case = CASES[name]
+        tx = case.make()
+        with set_mesh(mesh):
+            params = sharded_params(case, mesh)
+            opt_state = jax.jit(tx.init)(params)
+            program = jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
+        assert "all-reduce" in program
+        assert not re.search(r"all-gather|all-to-all|collective-permute", program)
