@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 
-import agent_optax
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agent_optax.sparsity._sparse_update import SparseUpdate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import agent_optax
+from agent_optax.sparsity._sparse_update import SparseUpdate
 
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
@@ -291,4 +292,4 @@ def test_staggered_layers_change_in_turn(storage: str) -> None:
         assert all(int(mask.sum()) == 18 for mask in after.values())
     for layer, delay in enumerate([0, 2, 4]):
         steps = [t for t, changed in enumerate(changes, start=1) if changed[layer]]
-        assert steps == [t for t in range(6 + delay, 19, 6)]
+        assert steps == list(range(6 + delay, 19, 6))
