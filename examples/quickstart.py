@@ -50,7 +50,7 @@ class Config:
     """Default: 10 on digits, 6 on fashion_mnist."""
     batch_size: int = 32
     learning_rate: float = 0.1
-    """The default is the best one for SGD on either data set."""
+    """The default is SGD's best of 0.03, 0.1 and 0.2 on either data set, over all epochs."""
     sparsity: float | None = None
     """Default: 0.97 on digits, 0.99 on fashion_mnist."""
     large_batch: bool = False
