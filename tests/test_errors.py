@@ -1,114 +1,409 @@
-"""Bad input gets an error that quotes it and names the fix."""
+"""Bad input gets an error that quotes the value and names the fix."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import agent_optax
-
-PARAMS = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
-
-
-def loss(params, batch):
-    return jnp.sum(params["w"]) * jnp.mean(batch)
-
-
-def sparse(**changes):
-    arguments = {"inner": optax.sgd(0.1), "topology": agent_optax.rigl(), "sparsity": 0.5} | changes
-    return agent_optax.sparsify(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: sparse(sparsity=1.0), "1.0"),
-        (lambda: sparse(sparsity=-0.1), "-0.1"),
-        (lambda: sparse(sparsity=None), "sparsity="),
-        (lambda: sparse(sparsity=jnp.asarray(0.5)), "static_args"),
-        (lambda: sparse(grow_by="momentum"), "'momentum'"),
-        (lambda: sparse(storage="tiny"), "'tiny'"),
-        (lambda: agent_optax.rigl(update_every=0), "update_every.*0"),
-        (lambda: agent_optax.set_(update_every=-3), "-3"),
-        (lambda: agent_optax.rigl(start=0), "start.*0"),
-        (lambda: agent_optax.rigl(update_every=10, stop=10), "stop.*static"),
-        (lambda: agent_optax.rigl(drop_fraction=1.5), "1.5"),
-        (lambda: agent_optax.set_itop(total_steps=0), "total_steps.*0"),
-        (lambda: agent_optax.erk([(3,)], 0.5), r"\(3,\).*uniform"),
-        (lambda: agent_optax.uniform([(3, 3)], 1.2), "1.2"),
-        (lambda: agent_optax.correct_gradients(scaling=float("nan")), "nan"),
-        (lambda: agent_optax.loss_regression(smoothing=2.0), "2.0"),
-        (lambda: agent_optax.loss_regression(initial=float("inf")), "inf"),
-        (lambda: agent_optax.gradient_regression(decay=1.0), "1.0"),
-        (lambda: agent_optax.gradient_regression(scope="layer"), "'layer'"),
-        (lambda: agent_optax.constant(float("nan")), "nan"),
-        (lambda: agent_optax.history(decay=-0.5), "-0.5"),
-        (lambda: agent_optax.top_k_mask(jnp.ones(3), 4), "4"),
-    ],
+from agent_optax import (
+    constant,
+    correct_gradients,
+    gradient_regression,
+    history,
+    loss_regression,
+    refresh,
+    rigl,
+    set_,
+    sparsify,
+    static,
 )
-def test_at_construction(make, message):
-    with pytest.raises(ValueError, match=message):
+
+PARAMS = {"dense": {"bias": jnp.ones(4), "kernel": jnp.ones((4, 4))}}
+AGENT = agent_optax.agent(0.1)
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return jnp.sum(params["dense"]["kernel"] * batch)
+
+
+def sparse(**arguments: Any) -> optax.OptState:
+    arguments = {"sparsity": 0.5, **arguments}
+    inner, topology = arguments.pop("inner", optax.sgd(0.1)), arguments.pop("topology", rigl())
+    return sparsify(inner, topology, **arguments).init(PARAMS)
+
+
+def update(tx: Any, *args: Any, **kwargs: Any) -> Any:
+    return tx.update(PARAMS, tx.init(PARAMS), *args, **kwargs)
+
+
+def tree(kernel: Any, bias: Any = None) -> Any:
+    return {"dense": {"bias": bias, "kernel": kernel}}
+
+
+def refreshed(batches: Any, tx: Any = AGENT) -> Any:
+    return refresh(loss, PARAMS, tx.init(PARAMS), batches)
+
+
+BATCH = jnp.ones((4, 4))
+IS_A_SHARE = "it is the share of inactive weights, such as 0.9"
+
+# What is done wrong, the error, and what the message says: the value, and the fix.
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    # sparsity
+    "no sparsity": (lambda: sparse(sparsity=None), ValueError, ("sparsity=0.9", "masks=")),
+    "sparsity 1": (lambda: sparse(sparsity=1.0), ValueError, ("must lie in [0, 1), got 1.0", IS_A_SHARE)),
+    "sparsity negative": (lambda: sparse(sparsity=-0.1), ValueError, ("must lie in [0, 1), got -0.1", IS_A_SHARE)),
+    "sparsity nan": (lambda: sparse(sparsity=np.nan), ValueError, ("must be a finite number, got nan", IS_A_SHARE)),
+    "sparsity text": (lambda: sparse(sparsity="0.9"), ValueError, ("sparsity must be a number", "got '0.9'")),
+    "sparsity array": (
+        lambda: sparse(sparsity=jnp.asarray(0.5)),
+        ValueError,
+        ("must be a plain number", "Array(0.5", "static_args=('sparsity'"),
+    ),
+    "sparsity injected": (
+        lambda: optax.inject_hyperparams(sparsify, static_args=("distribution", "where"))(
+            optax.sgd(0.1), rigl(), sparsity=0.5
+        ).init(PARAMS),
+        ValueError,
+        ("must be a plain number", "static_args=('sparsity', 'distribution', 'where'"),
+    ),
+    "sparsity of an unknown leaf": (
+        lambda: sparse(sparsity={"kernel": 0.5}),
+        ValueError,
+        ("a tree like params with None where nothing is pruned", "got {'kernel': 0.5}"),
+    ),
+    "sparsity of too few leaves": (
+        lambda: sparse(sparsity={"dense": {"kernel": 0.5}}),
+        ValueError,
+        ("a tree like params with None where nothing is pruned", "got {'dense': {'kernel': 0.5}}"),
+    ),
+    "sparsity of a leaf": (
+        lambda: sparse(sparsity=tree(1.5)),
+        ValueError,
+        ("sparsity of dense/kernel must lie in [0, 1), got 1.5", IS_A_SHARE),
+    ),
+    "sparsity from a path": (
+        lambda: sparse(sparsity=lambda path: -1),
+        ValueError,
+        ("sparsity of dense/kernel must lie in [0, 1), got -1", IS_A_SHARE),
+    ),
+    # distribution
+    "distribution of another length": (
+        lambda: sparse(distribution=lambda shapes, sparsity: [0.5, 0.25]),
+        ValueError,
+        ("one density for each of the 1 leaves to prune, dense/kernel", "got [0.5, 0.25]"),
+    ),
+    "distribution above 1": (
+        lambda: sparse(distribution=lambda shapes, sparsity: [1.5]),
+        ValueError,
+        ("the density of dense/kernel", "must lie in [0, 1], got 1.5"),
+    ),
+    "erk of a vector": (
+        lambda: sparse(where=True),
+        ValueError,
+        ("got the shape (4,)", "Exclude this leaf with where=, or use distribution=agent_optax.uniform"),
+    ),
+    "erk, sparsity 1": (lambda: agent_optax.erk([(3, 3)], 1.0), ValueError, ("in [0, 1), got 1.0", IS_A_SHARE)),
+    "uniform, sparsity 2": (lambda: agent_optax.uniform([(3,)], 2), ValueError, ("in [0, 1), got 2", IS_A_SHARE)),
+    # where, masks
+    "where of an unknown leaf": (
+        lambda: sparse(where={"kernel": True}),
+        ValueError,
+        ("where= must be a tree of bools like params", "{'kernel': *}", "{'dense': {'bias': *, 'kernel': *}}"),
+    ),
+    "where nothing": (
+        lambda: sparse(where=lambda params: jax.tree.map(lambda p: False, params)),
+        ValueError,
+        ("selects no leaf to prune", "where=lambda params: jax.tree.map(lambda p: True, params)"),
+    ),
+    "nothing to prune": (
+        lambda: sparsify(optax.sgd(0.1), rigl(), sparsity=0.5).init({"b": jnp.ones(3)}),
+        ValueError,
+        ("selects no leaf to prune", "agent_optax.kernels, takes leaves of two or more axes"),
+    ),
+    "whole numbers": (
+        lambda: sparsify(optax.sgd(0.1), rigl(), sparsity=0.5).init({"table": jnp.ones((3, 3), int)}),
+        TypeError,
+        ("the leaf table of dtype int32", "only floating-point leaves can be pruned"),
+    ),
+    "masks of an unknown leaf": (
+        lambda: sparse(masks={"kernel": BATCH > 0}),
+        ValueError,
+        ("masks= must be a tree like params, with None where nothing is pruned", "{'kernel': *}"),
+    ),
+    "masks of another shape": (
+        lambda: sparse(masks=tree(jnp.ones((2, 4), bool))),
+        ValueError,
+        ("for dense/kernel the mask is bool[2, 4] and the leaf [4, 4]", "Use None where nothing is pruned"),
+    ),
+    "masks of numbers": (
+        lambda: sparse(masks=tree(BATCH)),
+        ValueError,
+        ("must be boolean", "the mask is float32[4, 4]", "Use None where nothing is pruned"),
+    ),
+    "masks of none": (lambda: sparse(masks=tree(None)), ValueError, ("holds no mask", "give a boolean array")),
+    # parts of sparsify
+    "optimizer not called": (lambda: sparse(inner=optax.sgd), TypeError, ("inner must be", "optax.sgd(0.1)", "sgd at")),
+    "topology not called": (lambda: sparse(topology=rigl), TypeError, ("topology must be", "rigl()", "rigl at")),
+    "topology by name": (lambda: sparse(topology="rigl"), TypeError, ("agent_optax.rigl()", "got 'rigl'")),
+    "key": (lambda: sparse(key=0.5), TypeError, ("key must be a seed such as 0", "jax.random.key(0)", "got 0.5")),
+    "grow_by": (lambda: sparse(grow_by="momentum"), ValueError, ("must be 'raw' or 'corrected', got 'momentum'",)),
+    "grow_by without a correction": (
+        lambda: update(sparsify(optax.sgd(0.1), rigl(), sparsity=0.5, grow_by="corrected"), PARAMS),
+        ValueError,
+        ("exactly one correct_gradients inside the inner optimizer, found 0", "Use grow_by='raw', or put"),
+    ),
+    "storage": (lambda: sparse(storage="csr"), ValueError, ("must be 'dense' or 'compact', got 'csr'",)),
+    "compact growth by the corrected gradient": (
+        lambda: sparse(storage="compact", grow_by="corrected"),
+        ValueError,
+        ("use grow_by='raw' or storage='dense'",),
+    ),
+    "compact muon": (
+        lambda: sparse(storage="compact", inner=optax.contrib.muon(0.1)),
+        ValueError,
+        ("treats each entry alike", 'Use storage="dense"'),
+    ),
+    "compact adafactor": (
+        lambda: sparse(storage="compact", inner=optax.adafactor(0.1, min_dim_size_to_factor=2)),
+        ValueError,
+        ("treats each entry alike", 'Use storage="dense"'),
+    ),
+    "sparse update without params": (
+        lambda: update(sparsify(optax.sgd(0.1), static(), sparsity=0.5)),
+        ValueError,
+        ("needs the parameters: call tx.update(grads, opt_state, params, ...)",),
+    ),
+    # topologies
+    "interval negative": (lambda: rigl(-5), ValueError, ("update_every must be a whole number of at least 1, got -5",)),
+    "interval zero": (lambda: set_(0), ValueError, ("got 0", "counts optimizer steps between topology updates")),
+    "interval fraction": (lambda: rigl(0.5), ValueError, ("got 0.5", "counts optimizer steps between")),
+    "interval bool": (lambda: rigl(True), ValueError, ("got True", "counts optimizer steps between")),
+    "start zero": (lambda: rigl(10, start=0), ValueError, ("start must be", "got 0", "steps are counted from 1")),
+    "stop negative": (lambda: rigl(10, stop=-1), ValueError, ("stop must be", "got -1", "None never stops")),
+    "stop at start": (
+        lambda: set_(10, start=20, stop=20),
+        ValueError,
+        ("got start=20, stop=20", "Use agent_optax.static() for that"),
+    ),
+    "stop before the first update": (lambda: rigl(10, stop=10), ValueError, ("got start=10, stop=10", "static()")),
+    "drop_fraction above 1": (
+        lambda: rigl(drop_fraction=1.5),
+        ValueError,
+        ("drop_fraction must lie in [0, 1], got 1.5", "share of a layer's active weights that is replaced"),
+    ),
+    "drop_fraction negative": (lambda: set_(drop_fraction=-0.1), ValueError, ("in [0, 1], got -0.1",)),
+    "drop_fraction text": (lambda: set_(drop_fraction="all"), ValueError, ("a finite number, got 'all'",)),
+    "total_steps": (lambda: agent_optax.rigl_itop(0), ValueError, ("total_steps must be", "got 0", "whole training")),
+    "total_steps float": (lambda: agent_optax.set_itop(1e5), ValueError, ("got 100000.0", "whole training run")),
+    # selection
+    "k negative": (lambda: agent_optax.top_k_mask(BATCH, -1), ValueError, ("number of scores, 16, got -1",)),
+    "k too large": (lambda: agent_optax.top_k_mask(BATCH, 17), ValueError, ("number of scores, 16, got 17",)),
+    "k a fraction": (lambda: agent_optax.top_k_mask(BATCH, 0.5), TypeError, ("whole number, got 0.5", "how many")),
+    "scores complex": (
+        lambda: agent_optax.top_k_mask(BATCH.astype(complex), 1),
+        TypeError,
+        ("must be real, got dtype complex64", "jnp.abs(scores)"),
+    ),
+    # parts of correct_gradients
+    "memory not called": (
+        lambda: correct_gradients(agent_optax.snapshot),
+        TypeError,
+        ("memory must be", "agent_optax.snapshot()", "got <function snapshot"),
+    ),
+    "coefficient a number": (
+        lambda: correct_gradients(coefficient=0.5),
+        TypeError,
+        ("coefficient must be", "agent_optax.constant(1.0)", "got 0.5"),
+    ),
+    "scaling nan": (lambda: correct_gradients(scaling=np.nan), ValueError, ("scaling must", "got nan", "takes 0.1")),
+    "scaling text": (lambda: correct_gradients(scaling="0.1"), ValueError, ("scaling must", "got '0.1'")),
+    "smoothing": (lambda: loss_regression(1.2), ValueError, ("smoothing must lie in [0, 1], got 1.2", "takes 0.3")),
+    "smoothing of agent": (lambda: agent_optax.agent(0.1, smoothing=-1), ValueError, ("in [0, 1], got -1", "0.3")),
+    "initial": (lambda: loss_regression(initial=np.inf), ValueError, ("initial must", "got inf", "starts at 0")),
+    "decay of losses": (lambda: loss_regression(decay=1.0), ValueError, ("decay must lie in [0, 1), got 1.0", "0.98")),
+    "decay of gradients": (lambda: gradient_regression(-0.5), ValueError, ("in [0, 1), got -0.5", "about fifty steps")),
+    "decay of history": (lambda: history(1.0), ValueError, ("decay must lie in [0, 1), got 1.0", "0.99")),
+    "scope": (
+        lambda: gradient_regression(scope="layer"),
+        ValueError,
+        ("must be 'all' (one coefficient) or 'leaf' (one a leaf), got 'layer'",),
+    ),
+    "constant": (lambda: constant("1"), ValueError, ("c must be a finite number, got '1'", "1.0 gives plain SVRG")),
+    "schedule": (
+        lambda: agent_optax.scheduled(0.5),
+        TypeError,
+        ("such as optax.linear_schedule", "got 0.5", "agent_optax.constant(0.5)"),
+    ),
+    "table of none": (lambda: agent_optax.table(0), ValueError, ("num_batches must be", "got 0", "of an epoch")),
+    "cache of none": (
+        lambda: agent_optax.snapshot(cached_batches=-1),
+        ValueError,
+        ("cached_batches must be", "got -1", "None caches nothing"),
+    ),
+    "a of STORM": (lambda: agent_optax.storm(0.1, a=2.0), ValueError, ("a must lie in [0, 1], got 2.0", "1 is SGD")),
+    "num_refreshes": (lambda: agent_optax.alpha_svrg(0.1, 0), ValueError, ("got 0", "counts the calls of refresh")),
+    "initial of alpha-SVRG": (lambda: agent_optax.alpha_svrg(0.1, 5, 2.0), ValueError, ("got 2.0", "take 0.75")),
+    "b1 of MARS": (lambda: agent_optax.mars(0.1, b1=1.0), ValueError, ("b1 must lie in [0, 1), got 1.0", "0.95")),
+    "gamma of MARS": (lambda: agent_optax.mars(0.1, gamma="1"), ValueError, ("got '1'", "0 corrects nothing")),
+    "max_norm of MARS": (lambda: agent_optax.mars(0.1, max_norm=0.0), ValueError, ("got 0.0", "None does not clip")),
+    # what update needs
+    "old_grads missing": (
+        lambda: update(AGENT, PARAMS),
+        ValueError,
+        ("the extra argument old_grads= of update", "agent_optax.value_and_grads(loss_fn)(params, opt_state, batch)"),
+    ),
+    "old_grads missing inside sparsify": (
+        lambda: update(sparsify(AGENT, rigl(), sparsity=0.5), PARAMS),
+        ValueError,
+        ("the extra argument old_grads= of update", "tx.update(grads, opt_state, params, **extras)"),
+    ),
+    "old_grads of another tree": (
+        lambda: update(AGENT, PARAMS, old_grads={"kernel": BATCH}),
+        ValueError,
+        ("old_grads= must be a tree like the gradient", "{'kernel': *}", "agent_optax.value_and_grads"),
+    ),
+    "old_grads of another shape": (
+        lambda: update(AGENT, PARAMS, old_grads=tree(jnp.ones((2, 4)), jnp.ones(4))),
+        ValueError,
+        ("old_grads= must be a tree like the gradient", "(2, 4)", "agent_optax.value_and_grads"),
+    ),
+    "params missing for STORM": (
+        lambda: update(agent_optax.storm(0.1), old_grads=PARAMS),
+        ValueError,
+        ("remembers the parameters of each step", "tx.update(grads, opt_state, params, **extras)"),
+    ),
+    "value missing": (
+        lambda: update(correct_gradients(history(), loss_regression()), PARAMS),
+        ValueError,
+        ("the extra argument value= of update", "agent_optax.value_and_grads"),
+    ),
+    "batch_index missing": (
+        lambda: update(correct_gradients(agent_optax.table(3)), PARAMS),
+        ValueError,
+        ("batch_index= of update", "3 batches of an epoch", "batch_index=i"),
+    ),
+    "batch_index out of range": (
+        lambda: update(correct_gradients(agent_optax.table(3)), PARAMS, batch_index=3),
+        ValueError,
+        ("batch_index must lie in 0 ... 2, got 3", "count batches from 0 each epoch"),
+    ),
+    "whole numbers corrected": (
+        lambda: AGENT.init({"table": jnp.ones(3, int)}),
+        TypeError,
+        ("the leaf ['table'] has dtype int32", "Leave it out with optax.masked or optax.partition"),
+    ),
+    # refresh
+    "refresh without a correction": (
+        lambda: refreshed(BATCH, optax.sgd(0.1)),
+        ValueError,
+        (
+            "opt_state holds no correct_gradients at all",
+            "memory=agent_optax.snapshot()",
+            "leave the call to refresh out",
+        ),
+    ),
+    "refresh without a snapshot": (
+        lambda: refreshed(BATCH, correct_gradients(history())),
+        ValueError,
+        ("opt_state holds only HistoryState", "leave the call to refresh out"),
+    ),
+    "no stacked batch": (
+        lambda: refreshed(jnp.ones((0, 4, 4))),
+        ValueError,
+        ("one leading axis of the same, non-zero length", "got lengths {'': 0}", "iter(list_of_batches)"),
+    ),
+    "stacked batches of unequal number": (
+        lambda: refreshed({"x": jnp.ones((2, 4, 4)), "y": jnp.ones((3, 4))}),
+        ValueError,
+        ("\"['x']\": 2, \"['y']\": 3", "iter(list_of_batches)"),
+    ),
+    "a batch that is a number": (lambda: refreshed(jnp.ones(())), ValueError, ("'none'", "iter(list_of_batches)")),
+    "no batch in an iterator": (
+        lambda: refreshed(iter([])),
+        ValueError,
+        ("got no batch", "used up by an earlier pass"),
+    ),
+    "batches of unequal size": (
+        lambda: refreshed(iter([BATCH, BATCH[:2]])),
+        ValueError,
+        ("batch 0 has shapes (4, 4), batch 1 has (2, 4)", "Drop the remainder of the data set, or pad it"),
+    ),
+    "batches of another number than cached": (
+        lambda: refreshed(jnp.ones((2, 4, 4)), correct_gradients(agent_optax.snapshot(cached_batches=3))),
+        ValueError,
+        ("has 2 batches, but the memory is snapshot(cached_batches=3)", "Pass exactly the 3 batches of an epoch"),
+    ),
+    "more batches in an iterator than cached": (
+        lambda: refreshed(iter([BATCH] * 2), correct_gradients(agent_optax.snapshot(cached_batches=1))),
+        ValueError,
+        ("has at least 2 batches", "Pass exactly the 1 batches"),
+    ),
+    "no batches": (lambda: refreshed(None), TypeError, ("a leading axis of batches, or an iterator", "got None")),
+    "two snapshots": (
+        lambda: agent_optax.value_and_grads(loss)(PARAMS, optax.chain(AGENT, AGENT).init(PARAMS), BATCH),
+        ValueError,
+        ("two corrections in opt_state want the old gradient of the same parameter", "optax.partition"),
+    ),
+    # what is read off a state
+    "snapshot_params": (
+        lambda: agent_optax.snapshot_params(optax.sgd(0.1).init(PARAMS), PARAMS),
+        ValueError,
+        ("holds no snapshot", "correct_gradients(memory=agent_optax.snapshot())"),
+    ),
+    "mask_params": (
+        lambda: agent_optax.mask_params(PARAMS, AGENT.init(PARAMS)),
+        ValueError,
+        ("holds no sparse optimizer", "agent_optax.sparsify(inner, topology, ...)"),
+    ),
+    "active_masks": (
+        lambda: agent_optax.active_masks(AGENT.init(PARAMS), PARAMS),
+        ValueError,
+        ("holds no sparse optimizer", "agent_optax.sparsify(inner, topology, ...)"),
+    ),
+    "diagnostics": (
+        lambda: agent_optax.diagnostics(optax.sgd(0.1).init(PARAMS)),
+        ValueError,
+        ("holds neither a correction nor a sparse optimizer", "agent_optax.agent or agent_optax.sparsify"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_message(mistake: str) -> None:
+    make, error, parts = MISTAKES[mistake]
+    with pytest.raises(error) as raised:
         make()
+    assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"where": {"w": True, "c": True}}, "where="),
-        ({"where": lambda params: {"w": False, "b": False}}, "selects no leaf"),
-        ({"sparsity": {"w": 0.5, "c": 0.5}}, "sparsity must be"),
-        ({"sparsity": lambda path: 1.5}, "1.5"),
-        ({"masks": {"w": np.ones((2, 2), bool), "b": None}}, r"\[2, 2\]"),
-        ({"masks": {"w": np.ones((4, 4), bool), "c": None}}, "masks="),
-    ],
-)
-def test_trees_that_do_not_fit(changes, message):
-    with pytest.raises(ValueError, match=message):
-        sparse(**changes).init(PARAMS)
+@pytest.mark.parametrize("sparsity", [0, 0.5, np.float32(0.5), np.float64(0.5)])
+def test_numbers_of_numpy_are_numbers(sparsity: Any) -> None:
+    state = sparse(sparsity=sparsity, topology=rigl(np.int64(5), np.float32(0.25)))
+    assert float(agent_optax.diagnostics(state)["sparsity"]) == sparsity
 
 
-def test_leaves_that_are_not_floating():
-    integers = {"w": jnp.ones((4, 4), jnp.int32)}
-    with pytest.raises(TypeError, match="int32"):
-        sparse().init(integers)
-    with pytest.raises(TypeError, match="int32"):
-        agent_optax.agent(0.1).init(integers)
+def test_the_same_masks_from_every_form_of_a_key() -> None:
+    keys = [5, np.int64(5), jnp.asarray(5), jax.random.key(5), jax.random.PRNGKey(5)]
+    first, *others = [agent_optax.active_masks(sparse(key=key), PARAMS)["dense"]["kernel"] for key in keys]
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+    tx = sparsify(optax.sgd(0.1), set_(1), sparsity=0.5, key=jax.random.key(5, impl="rbg"))
+    update(tx, PARAMS)
 
 
-def test_missing_arguments_of_update():
-    tx = agent_optax.agent(0.1)
-    with pytest.raises(ValueError, match=r"old_grads=.*value_and_grads"):
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    tx = sparse()
-    with pytest.raises(ValueError, match="needs the parameters"):
-        tx.update(PARAMS, tx.init(PARAMS))
+def test_injected_hyperparameters_are_not_checked() -> None:
+    """They are traced: their values are not known."""
+    make = optax.inject_hyperparams(sparsify, static_args=("sparsity", "distribution", "where"))
+    jax.jit(make(AGENT, rigl(), sparsity=0.5, key=5).init)(PARAMS)
 
+    def optimizer(drop_fraction: Any, scaling: Any, smoothing: Any) -> Any:
+        correction = correct_gradients(coefficient=loss_regression(smoothing), scaling=scaling)
+        return sparsify(optax.chain(correction, optax.sgd(0.1)), set_(10, drop_fraction), sparsity=0.5)
 
-def test_refresh():
-    state = agent_optax.agent(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match="no correct_gradients at all"):
-        agent_optax.refresh(loss, PARAMS, optax.sgd(0.1).init(PARAMS), jnp.ones((2, 3)))
-    history = agent_optax.correct_gradients(agent_optax.history()).init(PARAMS)
-    with pytest.raises(ValueError, match="HistoryState"):
-        agent_optax.refresh(loss, PARAMS, history, jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="equal size"):
-        agent_optax.refresh(loss, PARAMS, state, iter([jnp.ones(3), jnp.ones(2)]))
-    with pytest.raises(ValueError, match="leading axis"):
-        agent_optax.refresh(loss, PARAMS, state, (jnp.ones((2, 3)), jnp.ones((3, 3))))
-    with pytest.raises(ValueError, match="no batch"):
-        agent_optax.refresh(loss, PARAMS, state, iter([]))
-    with pytest.raises(ValueError, match="no snapshot"):
-        agent_optax.snapshot_params(history, PARAMS)
-
-
-def test_states_without_what_is_asked_for():
-    state = optax.sgd(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match="no sparse optimizer"):
-        agent_optax.mask_params(PARAMS, state)
-    with pytest.raises(ValueError, match="no sparse optimizer"):
-        agent_optax.active_masks(state, PARAMS)
-    with pytest.raises(ValueError, match="neither"):
-        agent_optax.diagnostics(state)
-    corrected = sparse(grow_by="corrected")
-    with pytest.raises(ValueError, match="exactly one correct_gradients"):
-        corrected.update(PARAMS, corrected.init(PARAMS), PARAMS)
+    jax.jit(optax.inject_hyperparams(optimizer)(0.3, 0.1, 0.3).init)(PARAMS)
