@@ -8,7 +8,7 @@ from agent_optax.sparsity._set import set_, set_itop
 from agent_optax.sparsity._sparsify import sparsify
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._static import static
-from agent_optax.sparsity._where import kernels
+from agent_optax.sparsity._where import kernels, named
 
 __all__ = [
     "SparsifyState",
@@ -17,6 +17,7 @@ __all__ = [
     "erk",
     "kernels",
     "mask_params",
+    "named",
     "rigl",
     "rigl_itop",
     "set_",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,9 @@ from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
 from agent_optax.sparsity._selection import random_scores, select
 
-NEVER_PRUNED = ("bias", "scale")  # of biases, and of normalisation layers in Flax
+# Names that leaves have in Flax: of biases and normalisation, which may have two axes or more in attention and scanned
+# layers; of tables, whose rows are looked up and not multiplied; and of factors that are small already.
+NEVER_PRUNED = ("bias", "scale", "embedding", "pos_embedding", "lora_a", "lora_b")
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -24,25 +28,84 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_names(params: optax.Params) -> list[str]:
+    """The names of the leaves; the boxes in which Flax keeps arrays add nothing to them."""
+    named_nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_flax_box)
+    return [path_name(path) for path, node in named_nodes for _ in jax.tree.leaves(node)]
+
+
+def _is_flax_box(node: Any) -> bool:
+    """Tells a `flax.nnx.Variable` or `flax.linen.Partitioned`; Flax is not imported here, for it is optional."""
+    boxes = (("flax.nnx.variablelib", "Variable"), ("flax.core.meta", "AxisMetadata"))
+    return any(name in sys.modules and isinstance(node, getattr(sys.modules[name], cls)) for name, cls in boxes)
+
+
 def kernels(params: optax.Params) -> Any:
-    """The default choice of leaves to prune: those with two axes or more that are no bias or normalisation scale.
+    """The default choice of leaves to prune: matrices and filters, whatever the framework.
+
+    In Flax, Linen as well as NNX, these are the kernels of dense, convolutional, attention and recurrent layers. Tables
+    of embeddings are left out: each batch touches few of their rows. So are the factors of LoRA, which are small
+    already. `named` chooses those, or anything else.
 
     Args:
         params: a tree of arrays.
 
     Returns:
-        A tree like `params` with True for each leaf of two or more axes whose name is not ``bias`` or ``scale``.
+        A tree like `params` with True for each leaf of two or more axes whose name is not ``bias``, ``scale``,
+        ``embedding``, ``pos_embedding``, ``lora_a`` or ``lora_b``.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp
         >>> agent_optax.kernels({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)})
         {'bias': False, 'kernel': True}
     """
+    leaves, treedef = jax.tree.flatten(params)
+    names = leaf_names(params)
+    return treedef.unflatten(
+        [
+            jnp.ndim(leaf) >= 2 and name.rsplit("/", 1)[-1] not in NEVER_PRUNED
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
+    )
 
-    def is_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
-        return jnp.ndim(leaf) >= 2 and path_name(path).rsplit("/", 1)[-1] not in NEVER_PRUNED
 
-    return jax.tree_util.tree_map_with_path(is_kernel, params)
+def named(*patterns: str) -> Callable[[optax.Params], Any]:
+    """A choice of leaves to prune by name, for ``sparsify(..., where=)``.
+
+    Args:
+        patterns: shell patterns for the whole path of a leaf, such as ``"Dense_0/kernel"``, ``"*/embedding"`` or
+            ``"*lora_[ab]"``; a leaf is chosen when one of them fits. ``*`` stands for anything, slashes included.
+
+    Returns:
+        A function of params that returns a tree like them, of bools.
+
+    Raises:
+        ValueError: if there is no pattern; from the function, if a pattern fits no leaf.
+        TypeError: if a pattern is no string.
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp, optax
+        >>> params = {"Embed_0": {"embedding": jnp.ones((9, 4))}, "Dense_0": {"kernel": jnp.ones((4, 3))}}
+        >>> where = agent_optax.named("*/kernel", "*/embedding")
+        >>> where(params)
+        {'Dense_0': {'kernel': True}, 'Embed_0': {'embedding': True}}
+        >>> tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.set_(), sparsity=0.5, where=where)
+    """
+    if not patterns:
+        raise ValueError("named needs the names of leaves, such as named('*/kernel', '*/embedding').")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"named takes names or shell patterns such as '*/kernel', got {pattern!r}.")
+
+    def where(params: optax.Params) -> Any:
+        names = leaf_names(params)
+        for pattern in patterns:
+            if names and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"named: {pattern!r} fits none of the leaves {', '.join(names)}.")
+        chosen = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+        return jax.tree.structure(params).unflatten(chosen)
+
+    return where
 
 
 def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -> Any:
@@ -57,8 +120,10 @@ def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -
         ) from error
     if jax.tree.leaves(params) and not any(jax.tree.leaves(chosen)):
         raise ValueError(
-            "where= selects no leaf to prune. The default, agent_optax.kernels, takes leaves of two or more axes; "
-            "pass where=lambda params: jax.tree.map(lambda p: True, params) to prune every leaf."
+            "where= selects no leaf to prune. The default, agent_optax.kernels, takes leaves of two or more axes, but "
+            f"neither embeddings nor LoRA's factors; the leaves are {', '.join(leaf_names(params))}. Choose among them "
+            "with where=agent_optax.named('*/embedding'), say, or pass "
+            "where=lambda params: jax.tree.map(lambda p: True, params) to prune every leaf."
         )
     for path, (pruned, leaf) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda c, p: (c, p), chosen, params), is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2
@@ -74,11 +139,11 @@ def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -
 def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution) -> list[tuple[str, float]]:
     """The name and density of each pruned leaf, in the order of the leaves."""
     pruned = [
-        (path, leaf)
-        for (path, leaf), c in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True)
+        (name, leaf)
+        for name, leaf, c in zip(leaf_names(params), jax.tree.leaves(params), jax.tree.leaves(chosen), strict=True)
         if c
     ]
-    names = [path_name(path) for path, _ in pruned]
+    names = [name for name, _ in pruned]
     if is_concrete_number(sparsity):
         shared = list(distribution([jnp.shape(leaf) for _, leaf in pruned], float(sparsity)))
         if len(shared) != len(names):
