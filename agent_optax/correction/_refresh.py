@@ -24,6 +24,7 @@ def refresh(
     opt_state: optax.OptState,
     batches: Any,
     has_aux: bool = False,
+    args: tuple[Any, ...] = (),
 ) -> optax.OptState:
     r"""Moves the snapshot to `params`: the beginning of an epoch in Algorithm 1.
 
@@ -36,8 +37,8 @@ def refresh(
     cached. With ``snapshot(cached_batches=N)`` the pass must have exactly N batches, and keeps their gradients.
 
     Args:
-        loss_fn: ``loss_fn(params, batch) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. Auxiliary output
-            (BatchNorm statistics, say) is dropped. It must be the same function at each call, or the pass compiles
+        loss_fn: ``loss_fn(params, batch, *args) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. Auxiliary
+            output (BatchNorm statistics, say) is dropped. It must be the same function at each call, or the pass compiles
             anew.
         params: the current parameters.
         opt_state: the state of an optimizer that holds `correct_gradients` with a snapshot memory, at any depth.
@@ -45,6 +46,8 @@ def refresh(
             an iterator of N batches of equal size (a host loop: a data loader, a generator, ``iter([...])``). Fewer
             batches than the data set has are a sub-sample: cheaper, and worse.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        args: what `loss_fn` takes after the batch, trees of arrays that are the same for each batch, such as BatchNorm
+            statistics. Default: nothing. A closure over arrays that change would compile the pass anew.
 
     Returns:
         The optimizer state with the new snapshot, mean gradient and coefficient. When the mean gradient is not
@@ -78,13 +81,13 @@ def refresh(
     if _is_stacked(batches):
         _check_stacked(batches)
         _check_cached(opt_state, jax.tree.leaves(batches)[0].shape[0])
-        return _scan_pass(loss_fn, has_aux, params, opt_state, batches)
+        return _scan_pass(loss_fn, has_aux, params, opt_state, batches, args)
     if not isinstance(batches, Iterable):
         raise TypeError(
             "batches must be a tree of arrays with a leading axis of batches, or an iterator of batches, got "
             f"{batches!r}."
         )
-    return _host_pass(loss_fn, has_aux, params, opt_state, batches)
+    return _host_pass(loss_fn, has_aux, params, opt_state, batches, args)
 
 
 def snapshot_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -162,15 +165,15 @@ def _needs_old_losses(state: CorrectGradientsState) -> bool:
     return state.memory_state.num_cached_batches() is None and state.coefficient_state.needs_loss_pairs()
 
 
-def _add_batch(loss_fn, has_aux, params, opt_state, sums, batch):
-    """Adds one batch to the sums of gradients.
+def _add_batch(loss_fn, has_aux, params, opt_state, sums, inputs):
+    """Adds one batch, the first of the `inputs` of `loss_fn` beside params, to the sums of gradients.
 
     Returns the sums; the gradients to keep, for each memory that caches; the loss here and at the old snapshot.
     """
-    output, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch)
+    output, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *inputs)
     loss = output[0] if has_aux else output
     if any(_needs_old_losses(state) for state in _refreshable(opt_state)):
-        old_output = loss_fn(snapshot_point(opt_state, params), batch)
+        old_output = loss_fn(snapshot_point(opt_state, params), *inputs)
         old_loss = old_output[0] if has_aux else old_output
     else:
         old_loss = loss
@@ -215,9 +218,9 @@ def _finish(params, opt_state, sums, rows, losses, old_losses):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scan_pass(loss_fn, has_aux, params, opt_state, batches):
+def _scan_pass(loss_fn, has_aux, params, opt_state, batches, args):
     def body(sums, batch):
-        sums, rows, losses = _add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+        sums, rows, losses = _add_batch(loss_fn, has_aux, params, opt_state, sums, (batch, *args))
         return sums, (rows, losses)  # rows are outputs, not carried: a carried table is copied at every turn
 
     sums, (rows, (losses, old_losses)) = jax.lax.scan(body, _sums_like(params, opt_state), batches)
@@ -225,15 +228,15 @@ def _scan_pass(loss_fn, has_aux, params, opt_state, batches):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
-def _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, batch, index):
-    sums, kept, pair = _add_batch(loss_fn, has_aux, params, opt_state, sums, batch)
+def _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, inputs, index):
+    sums, kept, pair = _add_batch(loss_fn, has_aux, params, opt_state, sums, inputs)
     return sums, [put_row(table, row, index) for table, row in zip(rows, kept, strict=True)], pair
 
 
 _jit_finish = jax.jit(_finish)
 
 
-def _host_pass(loss_fn, has_aux, params, opt_state, batches: Iterable[Any]):
+def _host_pass(loss_fn, has_aux, params, opt_state, batches: Iterable[Any], args):
     sums, pairs, shapes = _sums_like(params, opt_state), [], None
     rows = [
         jax.tree.map(jnp.zeros_like, state.memory_state.cached_grads)
@@ -250,7 +253,8 @@ def _host_pass(loss_fn, has_aux, params, opt_state, batches: Iterable[Any]):
                 f"batches must be of equal size for their mean to be the mean over samples: batch 0 has shapes "
                 f"{shapes}, batch {index} has {batch_shapes}. Drop the remainder of the data set, or pad it."
             )
-        sums, rows, pair = _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, batch, jnp.asarray(index))
+        inputs = (batch, *args)
+        sums, rows, pair = _jit_add_batch(loss_fn, has_aux, params, opt_state, sums, rows, inputs, jnp.asarray(index))
         pairs.append(pair)
     if not pairs:
         raise ValueError("refresh got no batch: the iterator is empty, or was used up by an earlier pass.")
