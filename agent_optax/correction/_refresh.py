@@ -38,8 +38,8 @@ def refresh(
 
     Args:
         loss_fn: ``loss_fn(params, batch, *args) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. Auxiliary
-            output (BatchNorm statistics, say) is dropped. It must be the same function at each call, or the pass compiles
-            anew.
+            output (BatchNorm statistics, say) is dropped. It must be the same function at each call, or the pass
+            compiles anew.
         params: the current parameters.
         opt_state: the state of an optimizer that holds `correct_gradients` with a snapshot memory, at any depth.
         batches: a tree of arrays with a leading axis [N, ...] of N batches of equal size, scanned on the device; or
