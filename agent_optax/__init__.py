@@ -1,5 +1,7 @@
 """Training sparse neural networks with adaptively corrected gradients, in JAX and Optax."""
 
+from agent_optax import adversarial as adversarial
+from agent_optax import analysis as analysis
 from agent_optax._diagnostics import diagnostics
 from agent_optax.correction import (
     CorrectGradientsState,
