@@ -63,6 +63,21 @@ def load_fashion_mnist(data_dir: Path | None = None, num_train: int | None = Non
         FileNotFoundError: if a file is missing; the message says how to get it.
         ValueError: if a file is not what its name says.
     """
+    train_images, train_labels, test_images, test_labels = read_fashion_mnist(data_dir)
+    return ImageData(
+        train_images=_pixels(train_images[:num_train]),
+        train_labels=train_labels[:num_train].astype(np.int32),
+        test_images=_pixels(test_images),
+        test_labels=test_labels.astype(np.int32),
+    )
+
+
+def read_fashion_mnist(data_dir: Path | None = None) -> tuple[np.ndarray, ...]:
+    """The four files as they are: unsigned bytes [N, 28, 28], [N], [M, 28, 28] and [M].
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_fashion_mnist`.
+    """
     folder = FASHION_MNIST_DIR if data_dir is None else Path(data_dir)
     train_images, train_labels, test_images, test_labels = (
         read_idx(_find_idx(folder, name)) for name in FASHION_MNIST_FILES
@@ -73,12 +88,7 @@ def load_fashion_mnist(data_dir: Path | None = None, num_train: int | None = Non
                 f"{folder} holds images of shape {images.shape} and labels of shape {labels.shape}, not [N, height, "
                 "width] and [N]: are its files complete, and named as they should be?"
             )
-    return ImageData(
-        train_images=_pixels(train_images[:num_train]),
-        train_labels=train_labels[:num_train].astype(np.int32),
-        test_images=_pixels(test_images),
-        test_labels=test_labels.astype(np.int32),
-    )
+    return train_images, train_labels, test_images, test_labels
 
 
 def read_idx(path: Path) -> np.ndarray:

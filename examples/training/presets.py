@@ -1,0 +1,79 @@
+"""The paper's experiments by name: what it trains, with its settings.
+
+A name is the method, the network, the data and the sparsity in percent. `set-itop` and `rigl-itop` are the paper's
+baselines; with `a-` before them their gradients are corrected by AGENT as published. A flag changes any setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+from training.config import (
+    Config,
+    CorrectionConfig,
+    DataConfig,
+    ModelConfig,
+    TopologyConfig,
+)
+
+AGENT = CorrectionConfig(memory="snapshot", coefficient="loss_regression", scaling=0.1, smoothing=0.3)
+PLAIN = CorrectionConfig(memory="none")
+IMAGENET_REFRESH = 390  # batches of 128: the paper's sub-sample of 50,000 of 1.28 million images
+
+TOPOLOGIES = {
+    "set-itop": TopologyConfig(name="set_itop", update_every=1500),
+    "rigl-itop": TopologyConfig(name="rigl_itop", update_every=4000),  # the interval of the authors of ITOP on CIFAR
+}
+DATA = {
+    "cifar10": DataConfig(name="cifar10"),
+    "cifar100": DataConfig(name="cifar100"),
+    "svhn": DataConfig(name="svhn", flip=False),  # a mirrored digit is another
+}
+NATURAL = [
+    ("vgg-c", "cifar10"),
+    ("vgg-c", "cifar100"),
+    ("resnet-34", "cifar10"),
+    ("resnet-34", "cifar100"),
+    ("resnet-50", "cifar10"),
+]
+ADVERSARIAL = [("vgg-16", "cifar10"), ("vgg-16", "svhn"), ("wide-resnet-28-4", "cifar10"), ("resnet-18", "cifar10")]
+SPARSITIES = (80, 90, 95, 99)
+DIGITS = Config(
+    data=DataConfig(name="digits", shift=0, flip=False),
+    topology=TopologyConfig(name="set_itop", sparsity=0.97, update_every=40),
+    epochs=30,
+    batch_size=32,
+    out=Path("runs/digits"),
+)
+
+
+def presets() -> dict[str, tuple[str, Config]]:
+    """A description and the configuration for each name."""
+    named = {
+        "digits": ("An MLP on scikit-learn's digits, gradient regression: a minute, nothing to download.", DIGITS),
+        "fashion-mnist": (
+            "The same on Fashion-MNIST, 99% sparse.",
+            dataclasses.replace(
+                DIGITS,
+                data=DataConfig(name="fashion_mnist", shift=0, flip=False),
+                topology=TopologyConfig(name="set_itop", sparsity=0.99, update_every=300),
+                out=Path("runs/fashion-mnist"),
+            ),
+        ),
+    }
+    for prefix, correction in (("", PLAIN), ("a-", AGENT)):
+        whose = "corrected by AGENT" if prefix else "plain SGD"
+        for method, (model, data), percent in itertools.product(TOPOLOGIES, NATURAL, SPARSITIES):
+            name = f"{prefix}{method}-{model}-{data}-{percent}"
+            config = Config(
+                data=DATA[data],
+                model=ModelConfig(name=model),
+                topology=dataclasses.replace(TOPOLOGIES[method], sparsity=percent / 100),
+                correction=correction,
+                epochs=250,
+                out=Path("runs") / name,
+            )
+            named[name] = (f"{method}, {percent}% sparse, {model} on {data}, {whose}.", config)
+    return named
