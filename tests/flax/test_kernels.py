@@ -99,7 +99,8 @@ def test_sparsity_by_name_sees_the_same_names() -> None:
 
     for params in (nnx_params(), linen_params()):
         asked.clear()
-        agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=sparsity).init(params)
+        tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=sparsity)
+        jax.eval_shape(tx.init, params)
         assert set(asked) == PRUNED
 
 
