@@ -1,10 +1,26 @@
 """Sparse optimizers: which weights are active."""
 
+from agent_optax.sparsity._bayesian_rewiring import bayesian_rewiring
+from agent_optax.sparsity._blocks import blocks, output_channels
 from agent_optax.sparsity._distribution import erdos_renyi, erk, uniform
+from agent_optax.sparsity._drop_and_grow import drop_and_grow
+from agent_optax.sparsity._gradual_pruning import gradual_pruning
+from agent_optax.sparsity._magnitude_masks import magnitude_masks
 from agent_optax.sparsity._masks import active_masks, mask_params
+from agent_optax.sparsity._n_m import n_m
 from agent_optax.sparsity._rigl import rigl, rigl_itop
+from agent_optax.sparsity._scores import (
+    at_random,
+    gradient_magnitude,
+    magnitude_by_sign,
+    momentum_magnitude,
+    never_active,
+    taylor,
+    weight_magnitude,
+)
 from agent_optax.sparsity._selection import top_k_mask
 from agent_optax.sparsity._set import set_, set_itop
+from agent_optax.sparsity._snfs import snfs
 from agent_optax.sparsity._sparsify import sparsify
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._static import static
@@ -13,17 +29,32 @@ from agent_optax.sparsity._where import kernels, named
 __all__ = [
     "SparsifyState",
     "active_masks",
+    "at_random",
+    "bayesian_rewiring",
+    "blocks",
+    "drop_and_grow",
     "erdos_renyi",
     "erk",
+    "gradient_magnitude",
+    "gradual_pruning",
     "kernels",
+    "magnitude_by_sign",
+    "magnitude_masks",
     "mask_params",
+    "momentum_magnitude",
+    "n_m",
     "named",
+    "never_active",
+    "output_channels",
     "rigl",
     "rigl_itop",
     "set_",
     "set_itop",
+    "snfs",
     "sparsify",
     "static",
+    "taylor",
     "top_k_mask",
     "uniform",
+    "weight_magnitude",
 ]

@@ -111,7 +111,7 @@ def compact_start(masks: Any, is_static: bool, counts: Any) -> CompactActive:
 
 def follow_points(active: CompactActive, inner_state: optax.OptState) -> CompactActive:
     """Makes room for the positions of stored points, if a memory in the inner state stores one."""
-    if not _has_point(inner_state, "point_fields"):
+    if not has_point(inner_state, "point_fields"):
         return active
     return active._replace(
         point_indices=jax.tree.map(jnp.copy, active.indices),
@@ -119,7 +119,7 @@ def follow_points(active: CompactActive, inner_state: optax.OptState) -> Compact
     )
 
 
-def _has_point(inner_state: optax.OptState, method: str) -> bool:
+def has_point(inner_state: optax.OptState, method: str) -> bool:
     leaves = jax.tree.leaves(inner_state, is_leaf=lambda node: hasattr(node, method))
     return any(hasattr(node, method) for node in leaves)
 
@@ -179,7 +179,7 @@ def compact_update(
         )
     weights = active.gather(params)
     updates, inner_state = inner.update(active.gather(grads), state.inner_state, weights, **gathered)
-    if _has_point(inner_state, "moves_every_step"):
+    if has_point(inner_state, "moves_every_step"):
         active = active.points_moved()
     state = state._replace(inner_state=inner_state, active_weights=active)
     updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
@@ -240,7 +240,7 @@ def _rewire(
             layers.append(Layer(_scatter(indices, w, mask), mask, grad, _unpack(bits, mask)))
 
     jax.tree.map(collect, masks, active.indices, new_weights, grads, active.ever_active, is_leaf=is_masked)
-    new_masks, state = rewired(optimizer, layers, grads, state)
+    new_masks, state = rewired(optimizer, layers, optimizer.patterns(params, masks)[1], grads, state)
     new_masks = jax.tree.structure(masks).unflatten(new_masks)
     indices = jax.tree.map(lambda mask, old: _positions(mask, old.shape[0]), new_masks, active.indices)
     origin = jax.tree.map(  # the place at which a position stood before; anything for those that are new

@@ -138,7 +138,7 @@ def _rewire(
             layers.append(Layer(weights, mask, grad, ever))
 
     jax.tree.map(collect, masks, new_params, growth_grads, carried.active_weights.ever_active, is_leaf=is_masked)
-    new_masks, carried = rewired(optimizer, layers, grads, carried)
+    new_masks, carried = rewired(optimizer, layers, optimizer.patterns(params, masks)[1], grads, carried)
     new_masks = jax.tree.structure(masks).unflatten(new_masks)
 
     def code(new: jax.Array, old: jax.Array) -> jax.Array:

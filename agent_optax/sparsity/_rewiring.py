@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import all_finite
+from agent_optax._tree import all_finite, is_masked
+from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_patterns, patterns_of
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer, Topology
+from agent_optax.sparsity._where import leaf_names
 
 Carry = TypeVar("Carry")
 
@@ -22,8 +24,19 @@ class SparseOptimizer(NamedTuple):
 
     inner: optax.GradientTransformationExtraArgs
     topology: Topology
+    pattern: PatternChoice
     grow_by: str
     stagger: bool
+
+    def patterns(self, params: optax.Params, masks: Any) -> tuple[list[str], list[Pattern]]:
+        """The names of the pruned leaves, and their patterns; ValueError where they do not fit."""
+        leaves, treedef = jax.tree.flatten(params)
+        named = zip(leaf_names(params), leaves, treedef.flatten_up_to(masks), strict=True)
+        pruned = [(name, leaf) for name, leaf, mask in named if not is_masked(mask)]
+        names = [name for name, _ in pruned]
+        patterns = patterns_of(self.pattern, names)
+        check_patterns(patterns, names, [leaf for _, leaf in pruned], self.topology)
+        return names, patterns
 
     def layers_due(self, step: jax.Array, num_layers: int) -> jax.Array:
         """Bool [num_layers]: which layers change at this step; staggered layers spread evenly over the interval."""
@@ -48,28 +61,38 @@ def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
 
 
 def rewired(
-    optimizer: SparseOptimizer, layers: Sequence[Layer], grads: optax.Updates, state: SparsifyState
+    optimizer: SparseOptimizer,
+    layers: Sequence[Layer],
+    patterns: Sequence[Pattern],
+    grads: optax.Updates,
+    state: SparsifyState,
 ) -> tuple[list[jax.Array], SparsifyState]:
     """The new masks, and the state with key and counts; the old masks when a gradient or weight is not finite."""
     topology, step = optimizer.topology, state.topology_step
     usable = all_finite((grads, [layer.weights for layer in layers]))
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
+    complete = topology.with_memory(layers, state.topology_state)
+    units = [pattern.units(layer) for pattern, layer in zip(patterns, complete, strict=True)]
     if optimizer.stagger:
         due = optimizer.layers_due(step, len(layers))
         keys = jax.random.split(key, len(layers))
         masks = [
             jax.lax.cond(
                 due[i] & usable,
-                lambda layer, key: topology.rewire([layer], step, key)[0],
+                lambda layer, key: topology.rewire([layer], state.topology_state, step, key)[0][0],
                 lambda layer, key: layer.mask,
                 layer,
                 keys[i],
             )
-            for i, layer in enumerate(layers)
+            for i, layer in enumerate(units)
         ]
     else:
-        masks = topology.rewire(layers, step, key)
-        masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
+        masks, topology_state = topology.rewire(units, state.topology_state, step, key)
+        masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, units, strict=True)]
+        state = state._replace(
+            topology_state=jax.tree.map(lambda n, o: jnp.where(usable, n, o), topology_state, state.topology_state)
+        )
+    masks = [pattern.entries(m, layer.mask) for pattern, m, layer in zip(patterns, masks, layers, strict=True)]
     pairs = [(new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
     return masks, state._replace(
         topology_key=jax.random.key_data(next_key),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import optax
 
-from agent_optax.sparsity._drop_and_grow import DropAndGrow, gradient_magnitude, weight_magnitude
+from agent_optax.sparsity._drop_and_grow import DropAndGrow
+from agent_optax.sparsity._scores import gradient_magnitude, weight_magnitude
 from agent_optax.sparsity._set import itop_drop_fraction
 from agent_optax.sparsity._topology import check_drop_fraction, update_times
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -41,16 +44,29 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
 
 def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None = None) -> jax.Array:
     """`top_k_mask` among the candidates, of which there must be at least k."""
-    ranks = _ranks(scores)
+    return select_jointly([scores], k, None if candidates is None else [candidates])[0]
+
+
+def select_jointly(
+    scores: Sequence[jax.Array], k: int | jax.Array, candidates: Sequence[jax.Array] | None = None
+) -> list[jax.Array]:
+    """Masks of the k largest scores of several arrays together; ties to the first array, the lowest flat index."""
+    dtype = jnp.result_type(*scores)
+    ranks = [_ranks(s.astype(dtype)) for s in scores]
     if candidates is not None:
-        ranks = jnp.where(candidates, ranks, 0)
+        ranks = [jnp.where(c, r, 0) for c, r in zip(candidates, ranks, strict=True)]
     k = jnp.asarray(k, jnp.int32)
     threshold = _kth_largest(ranks, k)
-    above, tied = ranks > threshold, ranks == threshold
+    above, tied = [r > threshold for r in ranks], [r == threshold for r in ranks]
     if candidates is not None:
-        tied &= candidates
+        tied = [t & c for t, c in zip(tied, candidates, strict=True)]
     missing = k - _count(above)
-    return above | (tied & _first(tied, missing))
+    masks = []
+    for a, t in zip(above, tied, strict=True):
+        taken = jnp.minimum(missing, _count([t])) if len(above) > 1 else missing
+        masks.append(a | (t & _first(t, taken)))
+        missing = missing - taken
+    return masks
 
 
 def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:
@@ -73,17 +89,17 @@ def _ranks(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), 0, jnp.where(bits & sign != 0, ~bits, bits | sign)).astype(word)
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.int32)
+def _count(masks: Sequence[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks[1:]), jnp.sum(masks[0], dtype=jnp.int32))
 
 
-def _kth_largest(ranks: jax.Array, k: jax.Array) -> jax.Array:
+def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> jax.Array:
     """The least t with at most k ranks above it, or any t with exactly k above it.
 
     The bracket lo < t <= hi is cut where the counts at its ends suggest, which takes about ten counts on weights and
     gradients; every second cut halves it, so the number of counts is bounded whatever the ranks are.
     """
-    word = ranks.dtype
+    word = ranks[0].dtype
     real = jnp.float64 if word == jnp.uint64 else jnp.float32
 
     def is_open(bracket):
@@ -97,7 +113,7 @@ def _kth_largest(ranks: jax.Array, k: jax.Array) -> jax.Array:
         suggested = (width.astype(real) * jnp.minimum(share, 1 - 1e-6)).astype(word)
         step = jnp.clip(jnp.where(turn % 2 == 1, width // 2, suggested), 1, width - 1)
         at = lo + step
-        above = _count(ranks > at)
+        above = _count([r > at for r in ranks])
         enough = above >= k
         return (
             turn + 1,
@@ -108,9 +124,11 @@ def _kth_largest(ranks: jax.Array, k: jax.Array) -> jax.Array:
         )
 
     zero, top = jnp.zeros((), jnp.int32), jnp.asarray(jnp.iinfo(word).max, word)
-    above_zero = _count(ranks > 0)
-    lo = jnp.where(above_zero > k, jnp.min(jnp.where(ranks > 0, ranks, top), initial=top) - 1, 0).astype(word)
-    _, lo, hi, above_lo, _ = jax.lax.while_loop(is_open, cut, (zero, lo, jnp.max(ranks, initial=0), above_zero, zero))
+    above_zero = _count([r > 0 for r in ranks])
+    least = functools.reduce(jnp.minimum, [jnp.min(jnp.where(r > 0, r, top), initial=top) for r in ranks])
+    largest = functools.reduce(jnp.maximum, [jnp.max(r, initial=0) for r in ranks])
+    lo = jnp.where(above_zero > k, least - 1, 0).astype(word)
+    _, lo, hi, above_lo, _ = jax.lax.while_loop(is_open, cut, (zero, lo, largest, above_zero, zero))
     return jnp.where(above_lo > k, hi, lo)
 
 
@@ -123,11 +141,11 @@ def _first(tied: jax.Array, n: jax.Array) -> jax.Array:
 
         def body(i, last):  # the largest position with fewer than n ties before it
             candidate = last | (1 << (bits - 1 - i))
-            return jnp.where(_count(tied & (position < candidate)) < n, candidate, last)
+            return jnp.where(_count([tied & (position < candidate)]) < n, candidate, last)
 
         return jax.lax.fori_loop(0, bits, body, jnp.zeros((), jnp.int32))
 
-    last = jax.lax.cond(_count(tied) == n, lambda _: jnp.asarray(tied.size, jnp.int32), cut, None)
+    last = jax.lax.cond(_count([tied]) == n, lambda _: jnp.asarray(tied.size, jnp.int32), cut, None)
     return (position <= last) & (n > 0)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import optax
 
 from agent_optax._validation import check_positive_int
-from agent_optax.sparsity._drop_and_grow import DropAndGrow, at_random, weight_magnitude
+from agent_optax.sparsity._drop_and_grow import DropAndGrow
+from agent_optax.sparsity._scores import at_random, weight_magnitude
 from agent_optax.sparsity._topology import check_drop_fraction, update_times
 
 ITOP_FINAL_FRACTION = 0.005

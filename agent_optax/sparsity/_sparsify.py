@@ -21,10 +21,13 @@ from agent_optax.sparsity._compact import (
 )
 from agent_optax.sparsity._dense import dense_start, dense_update
 from agent_optax.sparsity._distribution import Distribution, erk
+from agent_optax.sparsity._latent import latent_start, latent_update, with_points
+from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_pattern
 from agent_optax.sparsity._rewiring import SparseOptimizer
+from agent_optax.sparsity._start import given_start, random_start
 from agent_optax.sparsity._state import SparsifyState, apply_masks
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import given_counts, given_masks, kernels, prunable, random_masks, start_counts
+from agent_optax.sparsity._where import given_masks, kernels, prunable
 
 
 def sparsify(
@@ -37,6 +40,7 @@ def sparsify(
     storage: Literal["dense", "compact"] = "dense",
     key: int | jax.Array = 0,
     masks: Any = None,
+    pattern: PatternChoice = None,
     grow_by: Literal["raw", "corrected"] = "raw",
     stagger: bool = False,
     dense_updates: bool = False,
@@ -55,7 +59,8 @@ def sparsify(
 
     Args:
         inner: any Optax optimizer.
-        topology: `static()`, `set_()`, `rigl()`, `set_itop()` or `rigl_itop()`.
+        topology: `static()`, `set_()`, `rigl()`, `set_itop()`, `rigl_itop()`, `snfs()`, `drop_and_grow()`,
+            `gradual_pruning()` or `bayesian_rewiring()`.
         sparsity: the share of inactive weights over all pruned leaves, in [0, 1). Or one for each leaf: a tree like
             params with None where nothing is pruned, or a callable on the leaf's path such as ``"Dense_0/kernel"``;
             `distribution` is not used then.
@@ -69,7 +74,9 @@ def sparsify(
             the last refresh are not corrected until the next.
         key: seeds the start masks and random growth; an int or a JAX random key.
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
-            is pruned. `sparsity`, `distribution` and `where` are not used then.
+            is pruned. `sparsity`, `distribution` and `where` are not used then (`gradual_pruning` ends at `sparsity`).
+        pattern: which masks are allowed: `n_m(2, 4)`, `blocks((4, 4))`, `output_channels()`, or a callable on the
+            leaf's path that gives one of these, or None for any. Default None: unstructured.
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
         stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
             step does the work of all of them. Each layer still changes once an interval, later by its share of it.
@@ -80,9 +87,11 @@ def sparsify(
         A `optax.GradientTransformationExtraArgs`; its update needs `params`, and hands extra arguments on to `inner`.
 
     Raises:
-        ValueError: if `sparsity` is missing or outside [0, 1), `grow_by` is unknown, `where` selects nothing, or trees
-            do not match (the last two from ``init``).
-        TypeError: if `inner`, `topology` or `key` is not one; from ``init``, if a leaf to prune is not floating-point.
+        ValueError: if `sparsity` is missing or outside [0, 1), `grow_by` is unknown, or the topology cannot work with
+            `storage` or `stagger`; from ``init``, if `where` selects nothing, trees do not match, or a leaf cannot have
+            the pattern.
+        TypeError: if `inner`, `topology`, `pattern` or `key` is not one; from ``init``, if a leaf to prune is not
+            floating-point.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax
@@ -100,13 +109,22 @@ def sparsify(
         inner = inner.gradient_transformation()
     check_part("inner", inner, "update", "optax.sgd(0.1)")
     check_part("topology", topology, "rewire", "agent_optax.rigl()")
-    if sparsity is None and masks is None:
+    check_pattern(pattern)
+    if sparsity is None and isinstance(pattern, Pattern) and pattern.density is not None:
+        sparsity = 1 - pattern.density
+    if sparsity is None and (masks is None or topology.initial_sparsity is not None):
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
     if isinstance(sparsity, (jax.Array, np.ndarray)):
         raise ValueError(
             f"sparsity must be a plain number, because it fixes shapes and counts, got {sparsity!r}. Under "
             "optax.inject_hyperparams pass static_args=('sparsity', 'distribution', 'where')."
         )
+    if is_concrete_number(sparsity) and isinstance(pattern, Pattern) and pattern.density is not None:
+        if abs(1 - pattern.density - sparsity) > 1e-9:
+            raise ValueError(
+                f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {1 - pattern.density:g}: leave "
+                "sparsity out."
+            )
     if is_concrete_number(sparsity):
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
     if grow_by not in ("raw", "corrected"):
@@ -118,30 +136,47 @@ def sparsify(
             "grow_by='corrected' needs the corrected gradient of inactive weights, which storage='compact' does not "
             "hold: use grow_by='raw' or storage='dense'."
         )
+    if storage == "compact" and not topology.keeps_counts:
+        raise ValueError(
+            f"storage='compact' needs layers that keep their number of active weights, and {topology} changes it: use "
+            "storage='dense'."
+        )
+    if stagger and not topology.is_layerwise:
+        raise ValueError(f"stagger=True changes layers at different steps, and {topology} needs all of them at once.")
     key = _random_key(key)
-    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, grow_by, stagger)
+    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, pattern, grow_by, stagger)
     is_checked: set[Any] = set()
 
     def init(params: optax.Params) -> SparsifyState:
         mask_key, topology_key = jax.random.split(key)
         if masks is not None and jax.tree.leaves(params):
             active = given_masks(params, masks)
-            counts = given_counts(masks) if storage == "compact" else None
+            names, patterns = optimizer.patterns(params, active)
+            final_sparsity = None if topology.initial_sparsity is None else sparsity
+            must_count = storage == "compact"
+            start = given_start(params, active, patterns, names, final_sparsity, distribution, must_count)
         else:
-            counts = start_counts(params, prunable(params, where), sparsity, distribution)
-            active = random_masks(params, counts, mask_key)
+            chosen = prunable(params, where)
+            hidden = jax.tree.map(lambda c, p: p if c else optax.MaskedNode(), chosen, params)
+            names, patterns = optimizer.patterns(params, hidden)
+            start = random_start(params, chosen, patterns, sparsity, topology.initial_sparsity, distribution, mask_key)
+            active = start.masks
         sparse_params = apply_masks(active, params)
         if storage == "compact":
             check(params, active, likely_extra_args(params), is_last_chance=False)
-            active_weights = compact_start(active, topology.is_static, counts)
+            active_weights = compact_start(active, topology.is_static, start.counts)
             inner_state = optimizer.inner.init(active_weights.gather(sparse_params))
             active_weights = follow_points(active_weights, inner_state)
         else:
-            active_weights = dense_start(active, topology.is_static)
             inner_state = optimizer.inner.init(sparse_params)
+            if topology.has_latent_weights:
+                active_weights = with_points(latent_start(active, params, jax.random.fold_in(key, 2)), inner_state)
+            else:
+                active_weights = dense_start(active, topology.is_static)
         return SparsifyState(
             inner_state=inner_state,
             active_weights=active_weights,
+            topology_state=topology.init(params, active, start.targets),
             num_prunable=jnp.asarray(sum(mask.size for mask in jax.tree.leaves(active)), jnp.float32),
             topology_key=jax.random.key_data(topology_key),
             topology_step=jnp.zeros((), jnp.int32),
@@ -170,6 +205,9 @@ def sparsify(
         grads: optax.Updates, state: SparsifyState, params: optax.Params, extra_args: dict[str, Any]
     ) -> tuple[optax.Updates, SparsifyState]:
         state = state._replace(topology_step=state.topology_step + 1)
+        state = state._replace(topology_state=topology.observe(state.topology_state, grads))
+        if topology.has_latent_weights:
+            return latent_update(optimizer, grads, state, params, extra_args)
         if storage == "dense":
             return dense_update(optimizer, grads, state, params, extra_args)
         check(params, state.active_weights.indices, extra_args, is_last_chance=True)

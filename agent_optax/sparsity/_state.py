@@ -15,7 +15,8 @@ class SparsifyState(NamedTuple):
     """State of `sparsify`."""
 
     inner_state: optax.OptState  # of the inner optimizer
-    active_weights: Any  # DenseActive or CompactActive: which weights are active
+    active_weights: Any  # DenseActive, CompactActive or LatentActive: which weights are active
+    topology_state: Any  # of the topology; () where it keeps nothing
     num_prunable: jax.Array  # float32 []: weights in pruned leaves, active or not
     topology_key: jax.Array  # uint32 [...]: key data
     topology_step: jax.Array  # int32 []: steps taken

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from agent_optax.sparsity._topology import Layer
+from agent_optax.sparsity._topology import Layer, Topology
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class Static(Topology):
     """See `static`."""
 
     is_static = True
-    interval = 1
+
+    @property
+    def interval(self) -> int:
+        """Nothing to spread."""
+        return 1
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """Never."""
         return jnp.zeros_like(step, dtype=bool)
 
-    def rewire(self, layers: Sequence[Layer], step: jax.Array, key: jax.Array) -> list[jax.Array]:
+    def rewire(
+        self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
+    ) -> tuple[list[jax.Array], Any]:
         """Nothing changes."""
         del step, key
-        return [layer.mask for layer in layers]
+        return [layer.mask for layer in layers], state
 
 
 def static() -> Static:

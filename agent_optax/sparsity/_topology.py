@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +12,69 @@ import optax
 
 from agent_optax._validation import check_fraction, check_positive_int
 
+if TYPE_CHECKING:
+    from agent_optax.sparsity._n_m import Groups
+
 
 class Layer(NamedTuple):
-    """A prunable leaf at a topology update; every array has the shape of the leaf."""
+    """A prunable leaf at a topology update; every array has the shape of the leaf, or of its blocks."""
 
     weights: jax.Array  # after the optimizer step, zero where inactive
     mask: jax.Array  # bool: active
     grads: jax.Array  # the dense gradient by which to grow
     ever_active: jax.Array | None  # bool: active at any time so far
+    momentum: jax.Array | None = None  # moving average of the dense gradients, if the topology keeps one
+    groups: Groups | None = None  # of which exactly n entries are active, if the pattern has any
 
 
-class Topology(Protocol):
-    """Which weights are active: `static()`, `set_()`, `rigl()`, ..."""
+class Target(NamedTuple):
+    """What a prunable leaf is to end with."""
 
-    @property
-    def is_static(self) -> bool:
-        """Whether the set of active weights never changes."""
-        ...
+    num_units: int  # weights, or blocks of them
+    density: float | None  # the share of active ones that was asked for; None with given masks
+    num_active: int | jax.Array  # their exact number
+
+
+class Topology:
+    """Which weights are active: `static()`, `set_()`, `rigl()`, ... A subclass overrides what differs."""
+
+    is_static = False  # whether the set of active weights never changes
+    keeps_counts = True  # whether the number of active weights of a layer never changes
+    is_layerwise = True  # whether one layer's update needs no other layer
+    honours_groups = True  # whether it keeps a fixed number of active weights in groups of them
+    honours_blocks = True  # whether it can work on blocks as it does on weights
+    has_latent_weights = False  # whether inactive positions keep weights of their own
+    initial_sparsity: float | None = None  # of the start masks, where it is not the sparsity aimed at
 
     @property
     def interval(self) -> int:
         """Steps between topology updates; `sparsify` may spread the layers over them."""
-        ...
+        raise NotImplementedError
+
+    def init(self, params: optax.Params, masks: Any, targets: Sequence[Target]) -> Any:
+        """The topology's own state; `targets` in the order of the pruned leaves."""
+        del params, masks, targets
+        return ()
+
+    def observe(self, state: Any, grads: optax.Updates) -> Any:
+        """The state after the dense gradients of a step."""
+        del grads
+        return state
+
+    def with_memory(self, layers: Sequence[Layer], state: Any) -> list[Layer]:
+        """The layers with what the state knows of them."""
+        del state
+        return list(layers)
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """Whether the topology changes at this step, counted from 1."""
-        ...
+        raise NotImplementedError
 
-    def rewire(self, layers: Sequence[Layer], step: jax.Array, key: jax.Array) -> list[jax.Array]:
-        """Returns the new mask of each layer."""
-        ...
+    def rewire(
+        self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
+    ) -> tuple[list[jax.Array], Any]:
+        """Returns the new mask of each layer, and the new state."""
+        raise NotImplementedError
 
 
 class UpdateTimes(NamedTuple):
@@ -84,8 +118,18 @@ def fraction_at(drop_fraction: optax.ScalarOrSchedule, step: jax.Array) -> jax.A
 
 
 def num_dropped(fraction: jax.Array, num_active: jax.Array) -> jax.Array:
-    """ceil(fraction * active), where a product that is whole up to rounding counts as whole."""
-    product = fraction * num_active
-    nearest = jnp.round(product)
-    is_whole = jnp.abs(product - nearest) <= 4 * jnp.finfo(product.dtype).eps * product
-    return jnp.where(is_whole, nearest, jnp.ceil(product)).astype(jnp.int32)
+    """ceil(fraction * active)."""
+    return tolerant_ceil(fraction * num_active)
+
+
+def tolerant_ceil(number: jax.Array) -> jax.Array:
+    """ceil(number), int32, where a number that is whole up to rounding counts as whole."""
+    nearest = jnp.round(number)
+    is_whole = jnp.abs(number - nearest) <= 4 * jnp.finfo(number.dtype).eps * number
+    return jnp.where(is_whole, nearest, jnp.ceil(number)).astype(jnp.int32)
+
+
+def tolerant_floor(number: float) -> int:
+    """floor(number), where a number that is whole up to rounding counts as whole."""
+    nearest = round(number)
+    return nearest if abs(number - nearest) <= 1e-9 * number else math.floor(number)

@@ -1,22 +1,19 @@
-"""Which leaves are pruned, how densely, and the masks they start with."""
+"""Which leaves are pruned, and how densely."""
 
 from __future__ import annotations
 
 import fnmatch
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from agent_optax._tree import conform, is_masked
 from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
-from agent_optax.sparsity._selection import random_scores, select
 
 # Names that leaves have in Flax: of biases and normalisation, which may have two axes or more in attention and scanned
 # layers; of tables, whose rows are looked up and not multiplied; and of factors that are small already.
@@ -176,29 +173,6 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
     return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
 
 
-def start_counts(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution) -> Any:
-    """The number of active weights of each pruned leaf, round(density * size); MaskedNode where nothing is pruned."""
-    densities_left = iter(densities(params, chosen, sparsity, distribution))
-
-    def count(c: bool, leaf: jax.Array) -> Any:
-        return round(next(densities_left)[1] * math.prod(leaf.shape)) if c else optax.MaskedNode()
-
-    return jax.tree.map(count, chosen, params)
-
-
-def random_masks(params: optax.Params, counts: Any, key: jax.Array) -> Any:
-    """Masks with exactly these numbers of active weights."""
-    index = iter(range(len(jax.tree.leaves(params))))
-
-    def random_mask(count: Any, leaf: jax.Array) -> Any:
-        if is_masked(leaf):  # hidden by optax.masked or optax.partition
-            return leaf
-        leaf_key = jax.random.fold_in(key, next(index))
-        return count if is_masked(count) else select(random_scores(leaf_key, leaf), count)
-
-    return jax.tree.map(random_mask, counts, params, is_leaf=is_masked)
-
-
 def given_masks(params: optax.Params, masks: Any) -> Any:
     """Checked copies of masks that a user gave, with MaskedNode for None."""
 
@@ -225,20 +199,3 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
     if not jax.tree.leaves(checked):
         raise ValueError("masks= holds no mask, only None: give a boolean array for each leaf to prune.")
     return checked
-
-
-def given_counts(masks: Any) -> Any:
-    """The number of active weights in each of the masks that a user gave, with MaskedNode for None."""
-
-    def count(mask: Any) -> Any:
-        if mask is None or is_masked(mask):
-            return optax.MaskedNode()
-        try:
-            return int(np.count_nonzero(np.asarray(mask)))
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-            raise ValueError(
-                "storage='compact' fixes the number of active weights when it is built, so masks= must be known then: "
-                "pass plain arrays, not values traced by jax.jit or jax.vmap."
-            ) from error
-
-    return jax.tree.map(count, masks, is_leaf=lambda node: node is None or is_masked(node))

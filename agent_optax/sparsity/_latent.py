@@ -1,0 +1,161 @@
+"""Latent storage: every position keeps a weight, connected while it has its sign. See `bayesian_rewiring`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._tree import all_finite, conform, is_masked
+from agent_optax.sparsity._bayesian_rewiring import NEW_WEIGHT
+from agent_optax.sparsity._compact import has_point
+from agent_optax.sparsity._rewiring import SparseOptimizer, when
+from agent_optax.sparsity._selection import random_scores
+from agent_optax.sparsity._state import SparsifyState, apply_masks, total
+
+
+class LatentActive(NamedTuple):
+    """The active weights, and what became of the others; MaskedNode where nothing is pruned."""
+
+    is_connected: Any  # like params, bool
+    signs: Any  # like params, int8: 1 or -1, fixed
+    latent_weights: Any  # like params: of disconnected positions, zero where connected
+    point_masks: Any  # like params, bool: connected at the stored point of evaluation; None without such a memory
+    ever_active: Any  # like params, bool
+
+    def masks(self, params: optax.Params | None = None) -> Any:
+        """True where a weight is active."""
+        del params
+        return self.is_connected
+
+    def num_active(self) -> jax.Array:
+        """The number of active weights."""
+        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.is_connected))
+
+    def num_ever_active(self) -> jax.Array:
+        """The number of weights that were ever active."""
+        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.ever_active))
+
+    def gather(self, tree: Any) -> Any:
+        """Corrections store whole arrays; a disconnected weight has no gradient."""
+        return apply_masks(self.is_connected, tree)
+
+    def scatter_point(self, tree: Any, params: Any) -> Any:
+        """The weights of the network at the stored point."""
+        del params
+        return tree if self.point_masks is None else apply_masks(self.point_masks, tree)
+
+    def points_moved(self) -> LatentActive:
+        """The stored point is the current parameters."""
+        return self if self.point_masks is None else self._replace(point_masks=self.is_connected)
+
+
+def latent_start(masks: Any, params: optax.Params, key: jax.Array) -> LatentActive:
+    """Signs are those of the parameters, random where one is zero."""
+    keys = iter(jax.random.split(key, max(len(jax.tree.leaves(masks)), 1)))
+
+    def sign(mask: Any, p: jax.Array) -> Any:
+        if is_masked(mask):
+            return mask
+        is_negative = jnp.where(p == 0, random_scores(next(keys), p) % 2 == 0, p < 0)
+        return jnp.where(is_negative, -1, 1).astype(jnp.int8)
+
+    return LatentActive(
+        is_connected=masks,
+        signs=jax.tree.map(sign, masks, params, is_leaf=is_masked),
+        latent_weights=jax.tree.map(
+            lambda m, p: m if is_masked(m) else jnp.zeros_like(p), masks, params, is_leaf=is_masked
+        ),
+        point_masks=None,
+        ever_active=masks,
+    )
+
+
+def with_points(active: LatentActive, inner_state: optax.OptState) -> LatentActive:
+    """Makes room for the masks of the stored point, if a memory in the inner state stores one."""
+    return active._replace(point_masks=active.is_connected) if has_point(inner_state, "point_fields") else active
+
+
+def latent_update(
+    optimizer: SparseOptimizer,
+    grads: optax.Updates,
+    state: SparsifyState,
+    params: optax.Params,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, SparsifyState]:
+    """One step. `state.topology_step` already counts it."""
+    topology: Any = optimizer.topology
+    active: LatentActive = state.active_weights
+    connected = active.is_connected
+    structure = jax.tree.structure(params)
+    leaf = lambda tree: structure.flatten_up_to(tree)  # noqa: E731
+    pruned = [i for i, m in enumerate(leaf(connected)) if not is_masked(m)]
+    pick = lambda tree: [leaf(tree)[i] for i in pruned]  # noqa: E731
+
+    extended = _where(connected, params, active.latent_weights)
+    extra_args = dict(extra_args)
+    if active.point_masks is not None and extra_args.get("old_grads") is not None:
+        extra_args["old_grads"] = apply_masks(active.point_masks, conform(extra_args["old_grads"], params))
+    inner_updates, inner_state = optimizer.inner.update(
+        apply_masks(connected, grads), state.inner_state, extended, active_masks=connected, **extra_args
+    )
+    if has_point(inner_state, "moves_every_step"):
+        active = active.points_moved()
+
+    next_key, noise_key, growth_key = jax.random.split(jax.random.wrap_key_data(state.topology_key), 3)
+    std = topology.noise_std(state.topology_step)
+    noise_keys = jax.random.split(noise_key, max(len(pruned), 1))
+    before, steps, moved = pick(connected), [], []
+    for k, (mask, u, v) in enumerate(zip(before, pick(inner_updates), pick(extended), strict=True)):
+        noise = std.astype(v.dtype) * jax.random.normal(noise_keys[k], v.shape, v.dtype)
+        steps.append(u.astype(v.dtype) + jnp.where(mask, noise, 0))
+        moved.append(v + steps[-1])
+
+    usable = all_finite((grads, moved))
+    signs = [s.astype(v.dtype) for s, v in zip(pick(active.signs), moved, strict=True)]
+    after = [jnp.where(usable, v * s > 0, old) for v, s, old in zip(moved, signs, before, strict=True)]
+    num_missing = jnp.where(usable, state.topology_state - total([jnp.sum(m, dtype=jnp.int32) for m in after]), 0)
+
+    def grow(masks: list[jax.Array]) -> list[jax.Array]:
+        grown = topology.grown(masks, jnp.maximum(num_missing, 0), growth_key)
+        return [m | g for m, g in zip(masks, grown, strict=True)]
+
+    disconnected = [~m for m in after]
+    after = when(num_missing > 0, grow, after)
+    new_weight = [max(NEW_WEIGHT, float(jnp.finfo(v.dtype).smallest_normal)) for v in moved]
+    moved = [
+        jnp.where(m & d, s * w, v) for v, m, d, s, w in zip(moved, after, disconnected, signs, new_weight, strict=True)
+    ]
+    updates = list(leaf(inner_updates))
+    latents = list(leaf(active.latent_weights))
+    for k, i in enumerate(pruned):
+        p = leaf(params)[i]
+        # A weight that stays gets its step, so that adding it rounds once; one that comes or goes moves from p.
+        updates[i] = jnp.where(before[k] & after[k], steps[k], jnp.where(after[k], moved[k], 0) - p)
+        latents[i] = jnp.where(after[k], 0, jnp.where(usable, moved[k], latents[i]))
+    masks = list(leaf(connected))
+    for k, i in enumerate(pruned):
+        masks[i] = after[k]
+    masks = structure.unflatten(masks)
+    pairs = list(zip(after, before, strict=True))
+    return structure.unflatten(updates), state._replace(
+        inner_state=inner_state,
+        active_weights=active._replace(
+            is_connected=masks,
+            latent_weights=structure.unflatten(latents),
+            ever_active=jax.tree.map(jnp.logical_or, active.ever_active, masks),
+        ),
+        topology_key=jax.random.key_data(next_key),
+        num_dropped=total([jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs]),
+        num_grown=total([jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs]),
+        num_topology_updates=state.num_topology_updates + usable,
+        num_skipped_updates=state.num_skipped_updates + ~usable,
+    )
+
+
+def _where(masks: Any, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(
+        lambda m, c, o: c if is_masked(m) else jnp.where(m, c, o), masks, chosen, other, is_leaf=is_masked
+    )

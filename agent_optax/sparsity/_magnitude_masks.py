@@ -1,0 +1,69 @@
+"""Masks of the weights of largest magnitude: one-shot pruning and lottery tickets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agent_optax._validation import check_fraction
+from agent_optax.sparsity._distribution import Distribution, erk
+from agent_optax.sparsity._selection import select, select_jointly
+from agent_optax.sparsity._topology import tolerant_floor
+from agent_optax.sparsity._where import densities, kernels, prunable
+
+
+def magnitude_masks(
+    params: optax.Params,
+    sparsity: float,
+    *,
+    where: Any = kernels,
+    scope: Literal["global", "layer"] = "global",
+    distribution: Distribution = erk,
+) -> Any:
+    r"""Masks of the weights of largest magnitude: a lottery ticket, for ``sparsify(..., masks=)``.
+
+    Train a dense network, take the masks of its weights, and train the weights from which it started:
+    ``sparsify(inner, static(), masks=magnitude_masks(trained, 0.9))``. Given the weights at the start, it is one-shot
+    magnitude pruning before training.
+
+    Args:
+        params: a tree of arrays.
+        sparsity: s, the share of inactive weights over all pruned leaves, in [0, 1).
+        where: the leaves to prune, as for `sparsify`. Default `kernels`.
+        scope: ``"global"`` (default, as in the published code): the :math:`\lfloor (1 - s)\,n \rfloor` largest of all
+            n weights together. ``"layer"``: the largest of each leaf.
+        distribution: shares the sparsity among leaves, for ``scope="layer"``. Default `erk`, as for `sparsify`.
+
+    Returns:
+        A tree like `params` of bool arrays, None where nothing is pruned.
+
+    Raises:
+        ValueError: if `sparsity` is outside [0, 1), `scope` is unknown, or `where` selects nothing.
+
+    Example:
+        >>> import agent_optax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, -2.0]]), "bias": jnp.zeros(2)}
+        >>> masks = agent_optax.magnitude_masks(params, sparsity=0.5)
+        >>> masks["kernel"].tolist(), masks["bias"]
+        ([[True, False], [False, True]], None)
+
+    References:
+        Frankle and Carbin, The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks, ICLR 2019.
+    """
+    check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
+    if scope not in ("global", "layer"):
+        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}.")
+    chosen = prunable(params, where)
+    leaves, treedef = jax.tree.flatten(params)
+    is_pruned = jax.tree.leaves(chosen)
+    scores = [jnp.abs(leaf) for leaf, c in zip(leaves, is_pruned, strict=True) if c]
+    if scope == "global":
+        masks = select_jointly(scores, tolerant_floor((1 - sparsity) * sum(score.size for score in scores)))
+    else:
+        shares = densities(params, chosen, sparsity, distribution)
+        masks = [select(score, round(share * score.size)) for score, (_, share) in zip(scores, shares, strict=True)]
+    remaining = iter(masks)
+    return treedef.unflatten([next(remaining) if c else None for c in is_pruned])
