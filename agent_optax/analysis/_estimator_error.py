@@ -187,8 +187,7 @@ def _as_stored(view: Any, grads: optax.Updates, params: optax.Params) -> optax.U
 
 def _as_covered(memory_state: Any, grads: optax.Updates) -> optax.Updates:
     """Without the leaves that an outer `optax.masked` or `optax.partition` hides from the memory."""
-    structure = jax.tree.structure(grads)
     for field in memory_state:
-        if jax.tree.structure(field, is_leaf=is_masked) == structure:
+        if any(is_masked(node) for node in jax.tree.leaves(field, is_leaf=is_masked)):
             return conform(grads, field)
     return grads

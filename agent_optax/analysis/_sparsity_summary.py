@@ -155,16 +155,19 @@ def sparsity_summary(
 
 def _ever_active(opt_state: optax.OptState, treedef: Any, active: list[Any]) -> list[int | None]:
     """For each leaf the number of weights that were ever active; None where nothing is pruned."""
-    numbers: list[int | None] = [None if mask is None else int(jnp.sum(mask, dtype=jnp.int32)) for mask in active]
+    numbers = treedef.unflatten([None if mask is None else int(jnp.sum(mask, dtype=jnp.int32)) for mask in active])
+
+    def counted(record: Any, number: Any) -> Any:
+        if is_masked(record):  # not pruned, or hidden by optax.masked or optax.partition with all below it
+            return number
+        bits = jax.lax.population_count(record) if record.dtype == jnp.uint8 else record  # packed in compact storage
+        return int(jnp.sum(bits, dtype=jnp.int32))
+
     for state in find_sparsify(opt_state):
         kept = state.active_weights.ever_active
-        if kept is None:  # a static topology: what is active always was
-            continue
-        for i, record in enumerate(treedef.flatten_up_to(kept)):
-            if not is_masked(record):  # bools, or the packed bits of compact storage
-                bits = jax.lax.population_count(record) if record.dtype == jnp.uint8 else record
-                numbers[i] = int(jnp.sum(bits, dtype=jnp.int32))
-    return numbers
+        if kept is not None:  # None: a static topology, where what is active always was
+            numbers = jax.tree.map(counted, kept, numbers, is_leaf=is_masked)
+    return treedef.flatten_up_to(numbers)
 
 
 def _together(name: str, layers: Sequence[LayerSummary], other_flops: int | None = None) -> LayerSummary:
