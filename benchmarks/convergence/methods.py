@@ -1,0 +1,147 @@
+"""The methods, each under the name that tables give it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+import agent_optax
+from convergence.setting import Setting
+
+LOSS_PASS = 1 / 3  # a forward pass, in gradient evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer, when its snapshot moves, and what it costs."""
+
+    inner: Callable[[Setting], optax.GradientTransformation]  # sparsified by the setting
+    step_gradients: int = 1  # evaluated at each step: 2 with an old gradient on the same batch
+    refresh_at: tuple[int, ...] = ()  # halves of the epoch that begin with a refresh: 0, 1 (after the topology update)
+    refresh_every: int = 1  # epochs
+    refresh_share: float = 1.0  # of the training images, a random part each time
+    refresh_above: float = 0.0  # refresh only where the variance ratio, as last measured, is above this
+    pairs_losses: bool = False  # the refresh pass evaluates losses at the old snapshot, batch by batch
+    keeps_batches: bool = False  # the refresh pass keeps the gradient of each batch
+    attacks_refresh: bool = False  # the refresh pass sees attacked images
+    fixes_batches: bool = False  # the same batches in each epoch, in another order
+    batch_multiple: int = 1
+    epoch_multiple: int = 1  # trains so many times as long, and its accuracy is read off as often as that of the others
+    storage: Literal["dense", "compact"] = "compact"
+
+    def optimizer(self, setting: Setting, key: Any, masks: Any = None) -> optax.GradientTransformationExtraArgs:
+        """The sparse optimizer, scheduled over the epochs that this method runs."""
+        own = dataclasses.replace(setting, epochs=setting.epochs * self.epoch_multiple)
+        return own.sparsified(self.inner(own), key, masks, self.storage)
+
+    def evaluations(self, setting: Setting) -> float:
+        """Gradient evaluations in an epoch, in units of the training set, when no refresh is left out."""
+        refreshes = len(self.refresh_at) / self.refresh_every
+        return self.epoch_multiple * (self.step_evaluations(setting) + refreshes * self.refresh_gradients(setting))
+
+    def step_evaluations(self, setting: Setting) -> float:
+        """Gradient evaluations of the steps of an epoch, in units of the training set."""
+        return (self.step_gradients + setting.attack_steps * bool(setting.attack_epsilon)) * self.batch_multiple
+
+    def refresh_gradients(self, setting: Setting) -> float:
+        """Gradient evaluations of one refresh."""
+        attack = setting.attack_steps if self.attacks_refresh else 0
+        return self.refresh_share * (1 + attack + (LOSS_PASS if self.pairs_losses else 0))
+
+
+def _corrected(memory, coefficient, scaling: float = 1.0) -> Callable[[Setting], optax.GradientTransformation]:
+    """The correction in front of the paper's SGD; memory and coefficient are functions of the setting."""
+
+    def inner(setting: Setting) -> optax.GradientTransformation:
+        correction = agent_optax.correct_gradients(memory(setting), coefficient(setting), scaling)
+        return optax.chain(correction, setting.momentum_sgd())
+
+    return inner
+
+
+def _snapshot(setting: Setting):
+    return agent_optax.snapshot()
+
+
+def _cached(setting: Setting):
+    return agent_optax.snapshot(cached_batches=setting.steps_an_epoch)
+
+
+def _table(setting: Setting):
+    return agent_optax.table(setting.steps_an_epoch)
+
+
+def _recursion(setting: Setting):
+    return agent_optax.recursion()
+
+
+def regression(decay: float = 0.98, scope: Literal["all", "leaf"] = "all"):
+    """Gradient regression as a function of the setting."""
+    return lambda setting: agent_optax.gradient_regression(decay=decay, scope=scope)
+
+
+def losses(smoothing: float):
+    """Loss regression as a function of the setting."""
+    return lambda setting: agent_optax.loss_regression(smoothing=smoothing)
+
+
+def fixed(c: float):
+    """A constant as a function of the setting."""
+    return lambda setting: agent_optax.constant(c)
+
+
+def _snapshot_method(coefficient, scaling: float = 1.0, **changes) -> Method:
+    settings = {"step_gradients": 2, "refresh_at": (0,)} | changes
+    return Method(_corrected(_snapshot, coefficient, scaling), **settings)
+
+
+def _loss_method(scaling: float, smoothing: float, **changes) -> Method:
+    return _snapshot_method(losses(smoothing), scaling, pairs_losses=True, **changes)
+
+
+def _cached_method(coefficient, **changes) -> Method:
+    settings = {"refresh_at": (0,), "keeps_batches": True} | changes
+    return Method(_corrected(_cached, coefficient), **settings)
+
+
+def _alpha_svrg(setting: Setting) -> optax.GradientTransformation:
+    correction = agent_optax.alpha_svrg(1.0, setting.epochs)
+    return optax.chain(correction, optax.scale(-1.0), setting.momentum_sgd())  # its own step is minus the estimate
+
+
+def _mars(setting: Setting) -> optax.GradientTransformation:
+    return optax.chain(agent_optax.mars_correction(b1=0.9, gamma=0.025), setting.momentum_sgd())
+
+
+def _adam(setting: Setting) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(setting.weight_decay), optax.adam(setting.rate(0.01)))
+
+
+def _sgd(setting: Setting) -> optax.GradientTransformation:
+    return setting.momentum_sgd()
+
+
+def _reduced(factor: float) -> Method:
+    return Method(lambda setting: setting.momentum_sgd(factor))
+
+
+def _storm(a: float) -> Method:
+    return Method(_corrected(_recursion, fixed(1 - a)), step_gradients=2)
+
+
+METHODS: dict[str, Method] = {
+    "SGD": Method(_sgd),
+    "AGENT as published": _loss_method(0.1, 0.3),
+    "loss regression, γ 1, α 1": _loss_method(1.0, 1.0),
+    "SVRG": _snapshot_method(fixed(1.0)),
+    "gradient regression": _snapshot_method(regression()),
+    "gradient regression, cached": _cached_method(regression()),
+    "table, gradient regression": Method(_corrected(_table, regression()), fixes_batches=True),
+    "SGD, 2x batch": Method(_sgd, batch_multiple=2),
+    "SGD, 3x batch": Method(_sgd, batch_multiple=3),
+    "SGD, 2x epochs": Method(_sgd, epoch_multiple=2),
+    "SGD, 3x epochs": Method(_sgd, epoch_multiple=3),
+}

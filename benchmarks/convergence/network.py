@@ -1,0 +1,49 @@
+"""The multilayer perceptron that the suites train."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NUM_CLASSES = 10
+Params = list[dict[str, jax.Array]]
+
+
+def init_params(key: jax.Array, num_inputs: int, hidden: tuple[int, ...]) -> Params:
+    """He initialisation."""
+    shapes = list(itertools.pairwise((num_inputs, *hidden, NUM_CLASSES)))
+    keys = jax.random.split(key, len(shapes))
+    he_normal = jax.nn.initializers.he_normal()
+    return [{"kernel": he_normal(k, n), "bias": jnp.zeros(n[1])} for k, n in zip(keys, shapes, strict=True)]
+
+
+def sparse_start(params: Params, masks: Any) -> Params:
+    """Exactly sparse parameters; kernels are scaled up so that a unit's input has the variance it has when dense."""
+
+    def scaled(mask: jax.Array | None, param: jax.Array) -> jax.Array:
+        return param if mask is None else jnp.where(mask, param, 0) / jnp.sqrt(jnp.mean(mask))
+
+    return jax.tree.map(scaled, masks, params, is_leaf=lambda x: x is None)
+
+
+def logits(params: Params, images: jax.Array) -> jax.Array:
+    """Logits [B, 10] of images [B, D]."""
+    *hidden, last = params
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
+    return images @ last["kernel"] + last["bias"]
+
+
+def loss_fn(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean cross-entropy of a batch."""
+    images, labels = batch
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels))
+
+
+def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """In percent."""
+    return 100 * jnp.mean(jnp.argmax(logits(params, images), axis=-1) == labels)

@@ -1,0 +1,56 @@
+"""What a suite is: cases, each a setting with methods that are compared in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from convergence.setting import Setting
+from convergence.training import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Methods in one setting."""
+
+    name: str
+    setting: Setting
+    methods: tuple[str, ...]  # names in METHODS; the first is the baseline
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A table and a figure."""
+
+    name: str
+    title: str
+    cases: tuple[Case, ...]
+    table: Callable[[Case, dict[str, Curves]], list[list[str]]]  # rows of a case, the first one the heading
+    seeds: int = 6
+    smoke_methods: tuple[str, ...] = ()  # of the first case; by default its first two
+
+
+class Curves:
+    """All seeds of one method in one setting, by seed and epoch [S, E]."""
+
+    def __init__(self, runs: list[Run]):
+        self.accuracy = np.stack([run.accuracy for run in runs])
+        self.average_accuracy = np.stack([run.average_accuracy for run in runs])
+        self.correlation = np.stack([run.correlation for run in runs])
+        self.variance_ratio = np.stack([run.variance_ratio for run in runs])
+        self.evaluations = np.mean([run.evaluations for run in runs], axis=0)  # [E]
+        self.seconds = np.mean([run.seconds for run in runs], axis=0)  # [E]
+        self.robust_accuracy = np.array([run.robust_accuracy for run in runs])  # [S]
+
+
+def smoke_sized(suite: Suite, dataset: str) -> Suite:
+    """The first case with its smoke methods, few images, one small layer, two epochs, two seeds."""
+    case = suite.cases[0]
+    setting = dataclasses.replace(
+        case.setting, dataset=dataset, num_train=320, num_test=200, hidden=(16,), sparsity=0.8, epochs=2, attack_steps=2
+    )
+    methods = suite.smoke_methods or case.methods[:2]
+    case = dataclasses.replace(case, setting=setting, methods=methods)
+    return dataclasses.replace(suite, cases=(case,), seeds=2)
