@@ -101,7 +101,7 @@ class BayesianRewiring(Topology):
         """K, the number of connections to which every step fills up: int32 []."""
         del params, masks
         if self.density is None:
-            return sum((target.num_active for target in targets), jnp.zeros((), jnp.int32))
+            return jnp.asarray(sum(target.num_active for target in targets), jnp.int32)
         total = sum(target.num_units for target in targets)
         return jnp.asarray(tolerant_floor(self.density * total), jnp.int32)
 

@@ -144,7 +144,7 @@ class DropAndGrow(Topology):
                 lambda m, p: m if is_masked(m) else jnp.zeros_like(p), masks, params, is_leaf=is_masked
             )
         if self.redistribute is not None:
-            active = sum((target.num_active for target in targets), jnp.zeros((), jnp.int32))
+            active = jnp.asarray(sum(target.num_active for target in targets), jnp.int32)
             redistribution = start_redistribution(active, statistics_dtype(params))
         return DropAndGrowState(momentum, redistribution)
 

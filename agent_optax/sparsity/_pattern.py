@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from agent_optax.sparsity._selection import random_scores, select
 from agent_optax.sparsity._topology import Layer, Topology
@@ -85,9 +84,9 @@ def check_pattern(pattern: PatternChoice) -> None:
         )
 
 
-def check_patterns(patterns: list[Pattern], names: list[str], params: list[optax.Params], topology: Topology) -> None:
+def check_patterns(patterns: list[Pattern], names: list[str], leaves: list[jax.Array], topology: Topology) -> None:
     """Raises ValueError where a leaf cannot have its pattern, or the topology cannot keep it."""
-    for pattern, name, leaf in zip(patterns, names, params, strict=True):
+    for pattern, name, leaf in zip(patterns, names, leaves, strict=True):
         pattern.check(name, leaf.shape)
         if (pattern.has_groups and not topology.honours_groups) or (pattern.has_blocks and not topology.honours_blocks):
             raise ValueError(

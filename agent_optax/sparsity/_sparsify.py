@@ -110,8 +110,8 @@ def sparsify(
     check_part("inner", inner, "update", "optax.sgd(0.1)")
     check_part("topology", topology, "rewire", "agent_optax.rigl()")
     check_pattern(pattern)
-    if sparsity is None and isinstance(pattern, Pattern) and pattern.density is not None:
-        sparsity = 1 - pattern.density
+    fixed_sparsity = 1 - pattern.density if isinstance(pattern, Pattern) and pattern.density is not None else None
+    sparsity = fixed_sparsity if sparsity is None else sparsity
     if sparsity is None and (masks is None or topology.initial_sparsity is not None):
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
     if isinstance(sparsity, (jax.Array, np.ndarray)):
@@ -119,12 +119,10 @@ def sparsify(
             f"sparsity must be a plain number, because it fixes shapes and counts, got {sparsity!r}. Under "
             "optax.inject_hyperparams pass static_args=('sparsity', 'distribution', 'where')."
         )
-    if is_concrete_number(sparsity) and isinstance(pattern, Pattern) and pattern.density is not None:
-        if abs(1 - pattern.density - sparsity) > 1e-9:
-            raise ValueError(
-                f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {1 - pattern.density:g}: leave "
-                "sparsity out."
-            )
+    if is_concrete_number(sparsity) and fixed_sparsity is not None and abs(sparsity - fixed_sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {fixed_sparsity:g}: leave it out."
+        )
     if is_concrete_number(sparsity):
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
     if grow_by not in ("raw", "corrected"):

@@ -74,12 +74,11 @@ def given_start(
 ) -> Start:
     """Masks that a user gave; they aim at their own numbers, or at a final sparsity."""
     for mask, pattern, name in zip(jax.tree.leaves(masks), patterns, names, strict=True):
-        allowed = pattern.allows(mask)
-        if not isinstance(allowed, jax.core.Tracer) and not allowed:
+        if _is_surely_false(pattern.allows(mask)):
             raise ValueError(f"masks= does not have the pattern {pattern} in {name}: mend the mask, or drop pattern=.")
     if final_sparsity is None:
         targets = [
-            Target(mask.size // unit, None, jnp.sum(mask, dtype=jnp.int32) // unit)
+            Target(mask.size // unit, math.nan, jnp.sum(mask, dtype=jnp.int32) // unit)
             for mask, unit in ((m, p.unit_size(m.shape)) for m, p in zip(jax.tree.leaves(masks), patterns, strict=True))
         ]
     else:
@@ -87,6 +86,13 @@ def given_start(
         shared = [density for _, density in densities(params, chosen, final_sparsity, distribution)]
         targets, _ = _targets([mask.shape for mask in jax.tree.leaves(masks)], patterns, shared)
     return Start(masks, jax.tree.map(_concrete_count, masks) if must_count else None, targets)
+
+
+def _is_surely_false(truth: jax.Array) -> bool:
+    try:
+        return not truth
+    except jax.errors.TracerBoolConversionError:
+        return False
 
 
 def _targets(

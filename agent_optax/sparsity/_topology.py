@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """What a prunable leaf is to end with."""
 
     num_units: int  # weights, or blocks of them
-    density: float | None  # the share of active ones that was asked for; None with given masks
+    density: float  # the share of active ones that was asked for; nan with given masks
     num_active: int | jax.Array  # their exact number
 
 

@@ -1,8 +1,7 @@
 """One topology update of A-RigL without redistribution.
 
 Here the published code sets *every* grown weight to 0, also one that was dropped by the same update; ours keeps that
-one's value, as A-ITOP does. Redistribution between layers and growth by momentum (`snfs_`, `gradredist_`, `seq_`,
-`prunegrownone_`) are not offered.
+one's value, as A-ITOP does.
 """
 
 import functools
