@@ -24,7 +24,7 @@ class LabelledImages(NamedTuple):
             return self
         if not 1 <= count <= len(self.labels):
             raise ValueError(
-                f"--data.num-train must be from 1 to {len(self.labels)}, the images there are, got {count}."
+                f"--data.num-train must be from 1 to the {len(self.labels)} images there are, got {count}."
             )
         return LabelledImages(self.images[:count], self.labels[:count])
 
