@@ -98,8 +98,9 @@ def latent_update(
     extra_args = dict(extra_args)
     if active.point_masks is not None and extra_args.get("old_grads") is not None:
         extra_args["old_grads"] = apply_masks(active.point_masks, conform(extra_args["old_grads"], params))
+    # Without active_masks: a weight that was connected at the stored point is corrected, connected now or not.
     inner_updates, inner_state = optimizer.inner.update(
-        apply_masks(connected, grads), state.inner_state, extended, active_masks=connected, **extra_args
+        apply_masks(connected, grads), state.inner_state, extended, **extra_args
     )
     if has_point(inner_state, "moves_every_step"):
         active = active.points_moved()
