@@ -30,13 +30,17 @@ def run(topology, storage: str, num_steps: int = 9):
     tx = agent_optax.sparsify(optax.sgd(0.1), topology, sparsity=0.8, storage=storage, key=1)
     opt_state = tx.init(PARAMS)
     params = agent_optax.mask_params(PARAMS, opt_state)
-    grads_fn = jax.jit(jax.grad(lambda params: jnp.mean(apply_fn(params, X) ** 2)))
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(params, opt_state):
+        grads = jax.grad(lambda params: jnp.mean(apply_fn(params, X) ** 2))(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, agent_optax.active_masks(opt_state, params)
+
     ever = {k: np.asarray(m["kernel"]) for k, m in agent_optax.active_masks(opt_state, params).items()}
     for _ in range(num_steps):
-        updates, opt_state = update(grads_fn(params), opt_state, params)
-        params = optax.apply_updates(params, updates)
-        masks = agent_optax.active_masks(opt_state, params)
+        params, opt_state, masks = step(params, opt_state)
         ever = {k: m | np.asarray(masks[k]["kernel"]) for k, m in ever.items()}
     return params, opt_state, ever
 
