@@ -28,6 +28,7 @@ class Method:
     keeps_batches: bool = False  # the refresh pass keeps the gradient of each batch
     attacks_refresh: bool = False  # the refresh pass sees attacked images
     fixes_batches: bool = False  # the same batches in each epoch, in another order
+    keeps_order: bool = False  # and in the same order
     batch_multiple: int = 1
     epoch_multiple: int = 1  # trains so many times as long, and its accuracy is read off as often as that of the others
     storage: Literal["dense", "compact"] = "compact"
@@ -144,4 +145,46 @@ METHODS: dict[str, Method] = {
     "SGD, 3x batch": Method(_sgd, batch_multiple=3),
     "SGD, 2x epochs": Method(_sgd, epoch_multiple=2),
     "SGD, 3x epochs": Method(_sgd, epoch_multiple=3),
+    # Other optimizers and other corrections.
+    "Adam": Method(_adam),
+    "MVR (STORM), a = 0.1": _storm(0.1),
+    "MVR (STORM), a = 0.5": _storm(0.5),
+    "AGENT + MVR": Method(_corrected(_recursion, losses(0.3), 0.1), step_gradients=2),
+    "α-SVRG": Method(_alpha_svrg, step_gradients=2, refresh_at=(0,)),
+    "MARS": Method(_mars),
+    "SGD, rate x 0.3": _reduced(0.3),
+    "SGD, rate x 0.1": _reduced(0.1),
+    # Parts of the paper's method, changed one at a time.
+    **{f"fixed c = {c:g}": _snapshot_method(fixed(c)) for c in (0.001, 0.01, 0.1, 0.5)},
+    "γ 1, α 0.3 (no γ)": _loss_method(1.0, 0.3),
+    "γ 0.1, α 1": _loss_method(0.1, 1.0),
+    "γ 0.5, α 0.3": _loss_method(0.5, 0.3),
+    "γ 1, α 0.1": _loss_method(1.0, 0.1),
+    # Gradient regression, changed one thing at a time.
+    **{f"gradient regression, decay {d:g}": _snapshot_method(regression(d)) for d in (0.8, 0.9, 0.95, 0.995)},
+    "gradient regression, a leaf each": _snapshot_method(regression(scope="leaf")),
+    "gradient regression, refresh after the topology update": _snapshot_method(regression(), refresh_at=(1,)),
+    "gradient regression, two refreshes an epoch": _snapshot_method(regression(), refresh_at=(0, 1)),
+    "gradient regression, γ 0.1": _snapshot_method(regression(), 0.1),
+    "cached, decay 0.9": _cached_method(regression(0.9)),
+    "cached, fixed batches": _cached_method(regression(), fixes_batches=True),
+    "cached, refresh after the topology update": _cached_method(regression(), refresh_at=(1,), fixes_batches=True),
+    "cached, two refreshes an epoch": _cached_method(regression(), refresh_at=(0, 1), fixes_batches=True),
+    "cached, a refresh every 2 epochs": _cached_method(regression(), refresh_every=2, fixes_batches=True),
+    "table, decay 0.9": Method(_corrected(_table, regression(0.9)), fixes_batches=True),
+    "table, a leaf each": Method(_corrected(_table, regression(scope="leaf")), fixes_batches=True),
+    "table, in the same order": Method(_corrected(_table, regression()), fixes_batches=True, keeps_order=True),
+    "table, γ 0.7": Method(_corrected(_table, regression(), 0.7), fixes_batches=True),
+    "table, c = 1 (SAGA)": Method(_corrected(_table, fixed(1.0)), fixes_batches=True),
+    "SGD, fixed batches": Method(_sgd, fixes_batches=True),
+    # Smaller budgets.
+    **{f"gradient regression, {s:.0%} sub-sample": _snapshot_method(regression(), refresh_share=s) for s in (0.1, 0.3)},
+    **{
+        f"gradient regression, a refresh every {n} epochs": _snapshot_method(regression(), refresh_every=n)
+        for n in (2, 5)
+    },
+    "gradient regression, refresh where the ratio is above 0.5": _snapshot_method(
+        regression(), refresh_at=(0, 1), refresh_above=0.5
+    ),
+    "gradient regression, attacked mean": _snapshot_method(regression(), attacks_refresh=True),
 }

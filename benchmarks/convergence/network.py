@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import scipy.sparse
 
 NUM_CLASSES = 10
+MOST_SPARSE = 0.05  # density up to which a sparse product is the faster one
 Params = list[dict[str, jax.Array]]
 
 
@@ -44,6 +47,13 @@ def loss_fn(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels))
 
 
-def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """In percent."""
-    return 100 * jnp.mean(jnp.argmax(logits(params, images), axis=-1) == labels)
+def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
+    """In percent; on the host, by sparse products where they are cheaper: tests must not cost more than training."""
+    activations = np.ascontiguousarray(images.T)
+    for i, layer in enumerate(params):
+        kernel, bias = np.asarray(layer["kernel"]).T, np.asarray(layer["bias"])[:, None]
+        is_sparse = np.count_nonzero(kernel) < MOST_SPARSE * kernel.size
+        activations = (scipy.sparse.csr_array(kernel) if is_sparse else kernel) @ activations + bias
+        if i < len(params) - 1:
+            activations = np.maximum(activations, 0)
+    return 100 * float(np.mean(np.argmax(activations, axis=0) == labels))

@@ -12,44 +12,52 @@ import numpy as np
 
 import agent_optax
 from convergence.suite import Case, Curves, Suite
-from convergence.training import Run
+from convergence.training import PROBES, Run
 
-FIELDS = Run._fields[:-1]  # by epoch
+KEYS = ("case", "method", "seed", "epoch")
+FIELDS = Run._fields[:-2]  # by epoch
 COLORS = ("#444444", "#b5651d", "#c2334d", "#1f5f99", "#2f7d4f", "#7a5195", "#d99000", "#00a0a0", "#a0a0a0", "#e377c2")
 
 
 def write_csv(path: Path, results: dict[str, dict[str, list[Run]]], seeds: tuple[int, ...]) -> None:
-    """One row an epoch."""
+    """One row an epoch; columns that hold nothing are left out."""
+    rows = []
+    for case, methods in results.items():
+        for method, runs in methods.items():
+            for seed, run in zip(seeds, runs, strict=True):
+                columns = dict(zip(FIELDS, run[: len(FIELDS)], strict=True))
+                last = np.arange(len(run.accuracy)) == len(run.accuracy) - 1
+                columns["robust_accuracy"] = np.where(last, run.robust_accuracy, np.nan)
+                if run.probes is not None:
+                    columns |= dict(zip(PROBES, run.probes.T, strict=True))
+                for epoch in range(len(last)):
+                    cells = {name: column[epoch] for name, column in columns.items()}
+                    numbers = {name: f"{x:.5g}" for name, x in cells.items() if not np.isnan(x)}
+                    rows.append({"case": case, "method": method, "seed": seed, "epoch": epoch + 1, **numbers})
+    present = [name for name in (*KEYS, *FIELDS, "robust_accuracy", *PROBES) if any(name in row for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "method", "seed", "epoch", *FIELDS, "robust_accuracy"])
-        for case, methods in results.items():
-            for method, runs in methods.items():
-                for seed, run in zip(seeds, runs, strict=True):
-                    columns = np.array(run[:-1]).T
-                    for epoch, row in enumerate(columns, start=1):
-                        robust = run.robust_accuracy if epoch == len(columns) else np.nan
-                        cells = ("" if np.isnan(x) else f"{x:.5g}" for x in (*row, robust))
-                        writer.writerow([case, method, seed, epoch, *cells])
+        writer = csv.DictWriter(file, present, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_csv(path: Path) -> tuple[dict[str, dict[str, list[Run]]], tuple[int, ...]]:
     """What `write_csv` wrote."""
-    results: dict[str, dict[str, dict[int, list[list[float]]]]] = {}
+    of_seed: dict[tuple[str, str, int], list[dict[str, str]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            numbers = [float(row[field] or "nan") for field in (*FIELDS, "robust_accuracy")]
-            of_method = results.setdefault(row["case"], {}).setdefault(row["method"], {})
-            of_method.setdefault(int(row["seed"]), []).append(numbers)
-    seeds: tuple[int, ...] = ()
-    runs: dict[str, dict[str, list[Run]]] = {}
-    for case, methods in results.items():
-        for method, by_seed in methods.items():
-            seeds = tuple(by_seed)
-            arrays = [np.array(rows).T for rows in by_seed.values()]
-            runs.setdefault(case, {})[method] = [Run(*a[:-1], robust_accuracy=float(a[-1, -1])) for a in arrays]
-    return runs, seeds
+            of_seed.setdefault((row["case"], row["method"], int(row["seed"])), []).append(row)
+    results: dict[str, dict[str, list[Run]]] = {}
+    for (case, method, _), rows in of_seed.items():
+
+        def column(name: str, rows: list[dict[str, str]] = rows) -> np.ndarray:
+            return np.array([float(row.get(name) or "nan") for row in rows])
+
+        probes = np.stack([column(name) for name in PROBES], axis=1) if PROBES[0] in rows[0] else None
+        run = Run(*map(column, FIELDS), robust_accuracy=float(column("robust_accuracy")[-1]), probes=probes)
+        results.setdefault(case, {}).setdefault(method, []).append(run)
+    return results, tuple(dict.fromkeys(seed for *_, seed in of_seed))
 
 
 def markdown_table(rows: list[list[str]]) -> str:

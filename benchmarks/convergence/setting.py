@@ -31,6 +31,7 @@ class Setting:
     attack_epsilon: float = 0.0  # of the attack in training, in pixels of [0, 1]; 0 for none
     attack_steps: int = 5
     averages: bool = False  # whether a weight average is evaluated too
+    probes: bool = False  # whether gradients are measured at the end of each epoch; wants a snapshot
 
     @property
     def subset(self) -> tuple[str, int | None, int | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from convergence.setting import Setting
-from convergence.training import Run
+from convergence.training import PROBES, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Suite:
     table: Callable[[Case, dict[str, Curves]], list[list[str]]]  # rows of a case, the first one the heading
     seeds: int = 6
     smoke_methods: tuple[str, ...] = ()  # of the first case; by default its first two
+    smoke_rewires: bool = False
 
 
 class Curves:
@@ -42,14 +43,29 @@ class Curves:
         self.variance_ratio = np.stack([run.variance_ratio for run in runs])
         self.evaluations = np.mean([run.evaluations for run in runs], axis=0)  # [E]
         self.seconds = np.mean([run.seconds for run in runs], axis=0)  # [E]
+        probes = [run.probes for run in runs if run.probes is not None]
+        self.probes = dict(zip(PROBES, np.moveaxis(np.stack(probes), -1, 0), strict=True)) if probes else {}
         self.robust_accuracy = np.array([run.robust_accuracy for run in runs])  # [S]
 
 
 def smoke_sized(suite: Suite, dataset: str) -> Suite:
-    """The first case with its smoke methods, few images, one small layer, two epochs, two seeds."""
+    """The first case with its smoke methods, few images, one small layer, two epochs, two seeds.
+
+    Most time goes into compiling: suites share what they can, and only `smoke_rewires` compiles a topology update.
+    """
     case = suite.cases[0]
-    setting = dataclasses.replace(
-        case.setting, dataset=dataset, num_train=320, num_test=200, hidden=(16,), sparsity=0.8, epochs=2, attack_steps=2
+    setting = Setting(
+        dataset=dataset,
+        num_train=320,
+        num_test=200,
+        hidden=(16,),
+        sparsity=0.8,
+        topology=case.setting.topology if suite.smoke_rewires else "static",
+        epochs=2,
+        attack_epsilon=case.setting.attack_epsilon,
+        attack_steps=2,
+        averages=True,
+        probes=case.setting.probes,
     )
     methods = suite.smoke_methods or case.methods[:2]
     case = dataclasses.replace(case, setting=setting, methods=methods)

@@ -103,3 +103,24 @@ def clean_and_robust(case: Case, curves: dict[str, Curves]) -> list[list[str]]:
             row += [f"{values.mean():.2f}", "-" if c is baseline else str(difference)]
         rows.append(row)
     return rows
+
+
+def gradients(case: Case, curves: dict[str, Curves]) -> list[list[str]]:
+    """What scatters, what is alike, and what a correction leaves, at the end of some epochs; means over seeds."""
+    columns = {
+        "correlation with the snapshot": ("true_correlation", ".2f"),
+        "with perturbed weights": ("perturbed_correlation", ".2f"),
+        "c*": ("best_coefficient", ".2f"),
+        "c^ from losses": ("loss_coefficient", ".2f"),
+        "variance left at c*": ("best_variance_ratio", ".2f"),
+        "at c^": ("loss_variance_ratio", ".2f"),
+        "gradient variance": ("gradient_variance", ".3g"),
+        "gradient norm": ("gradient_norm", ".3g"),
+    }
+    rows = [["method", "epoch", "accuracy", *columns]]
+    last = case.setting.epochs
+    for name, c in curves.items():
+        for e in sorted({1, max(last // 2, 1), last}):
+            probes = [f"{c.probes[field][:, e - 1].mean():{form}}" for field, form in columns.values()]
+            rows.append([name, str(e), f"{c.accuracy[:, e - 1].mean():.2f}", *probes])
+    return rows

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import agent_optax
-from agent_optax import adversarial
+from agent_optax import adversarial, analysis
 from convergence import images, network
 from convergence.methods import METHODS, Method
 from convergence.setting import Setting
@@ -20,6 +20,17 @@ from convergence.setting import Setting
 AVERAGE_DECAY = 0.99  # of the weight average, a step
 REFRESH_BATCH = 1000  # images at once in a refresh pass that needs no gradient of a single batch
 ROBUST_IMAGES, ROBUST_STEPS = 1000, 20  # of the attack that evaluates
+PERTURBATION = 0.1  # relative to the weights of a layer
+PROBES = (  # of gradients batch by batch, active weights only, with the snapshot of the beginning of the epoch
+    "true_correlation",  # of gradients at the parameters and at the snapshot
+    "best_coefficient",  # c* of equation (3)
+    "loss_coefficient",  # c^ of equation (4)
+    "best_variance_ratio",  # variance left at c*, of 1
+    "loss_variance_ratio",  # variance left at c^
+    "gradient_variance",  # at the parameters
+    "gradient_norm",  # of the mean gradient
+    "perturbed_correlation",  # of gradients at the parameters and at perturbed ones, as in the paper's Figure 1
+)
 QUICK = {"xla_backend_optimization_level": 0}  # to compile what runs once a seed
 
 
@@ -33,6 +44,7 @@ class Run(NamedTuple):
     evaluations: np.ndarray  # gradient evaluations so far, in units of the training set
     seconds: np.ndarray  # of processor time so far, training alone: no compilation, no test
     robust_accuracy: float  # under attack, after the last epoch; nan in standard training
+    probes: np.ndarray | None = None  # [E, P], the PROBES at the end of each epoch; None where not asked for
 
 
 class Programs(NamedTuple):
@@ -40,6 +52,7 @@ class Programs(NamedTuple):
 
     steps: Any  # half an epoch
     refresh: Any  # None without a snapshot
+    probe: Any  # None where nothing is measured
 
 
 def train(name: str, setting: Setting, seeds: tuple[int, ...]) -> list[Run]:
@@ -137,7 +150,32 @@ def _compiled(name: str, setting: Setting) -> Programs:
     if method.refresh_at:
         lowered = jax.jit(refresh).lower(params, opt_state, order.refresh_batches(), jax.random.key(0), data)
         compiled_refresh = lowered.compile()
-    return Programs(compiled_steps, compiled_refresh)
+    probe = functools.partial(_probe, data=data) if setting.probes else None
+    return Programs(compiled_steps, compiled_refresh, probe)
+
+
+@jax.jit
+def _probe(params: Any, opt_state: Any, indices: jax.Array, key: jax.Array, data: Any) -> jax.Array:
+    batches = data[0][indices], data[1][indices]
+    masks = agent_optax.active_masks(opt_state, params)
+    old_params = agent_optax.snapshot_params(opt_state, params)
+    best = analysis.optimal_coefficient(network.loss_fn, params, old_params, batches, masks=masks)
+    gradients = analysis.gradient_correlation(network.loss_fn, params, old_params, batches, masks=masks)
+    nearby = analysis.perturb(params, PERTURBATION, key, masks)
+    perturbed = analysis.gradient_correlation(network.loss_fn, params, nearby, batches, masks=masks)
+    norms = analysis.gradient_norms(network.loss_fn, params, batches, masks=masks)
+    return jnp.stack(
+        [
+            gradients.correlation,
+            best.optimal,
+            best.loss_estimate,
+            best.optimal_variance_ratio,
+            best.loss_estimate_variance_ratio,
+            gradients.variance,
+            norms.full_norm,
+            perturbed.correlation,
+        ]
+    )
 
 
 MEASURED = ("correlation", "variance_ratio")
@@ -157,7 +195,8 @@ class _Order:
         parts = [self._shuffled() for _ in range(self.method.batch_multiple)]
         self.batch_index = np.arange(len(parts[0]))
         if self.method.fixes_batches:
-            self.batch_index = self.rng.permutation(self.batch_index)
+            if not self.method.keeps_order:
+                self.batch_index = self.rng.permutation(self.batch_index)
             parts = [_Order._fixed(self.num_images, self.seed, self.batch_shape)[self.batch_index]]
         self.batches = np.concatenate(parts, axis=1).astype(np.int32)
         self.keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), epoch), len(self.batches))
@@ -187,22 +226,13 @@ class _Order:
         return chosen.reshape(num_batches, -1).astype(np.int32)
 
 
-_accuracy = jax.jit(network.accuracy)
-
-
-@jax.jit
-def _masked_accuracy(average: Any, params: Any, opt_state: Any, test_images: Any, test_labels: Any) -> jax.Array:
-    """Of an average over steps, without the weights that are no longer active."""
-    return network.accuracy(agent_optax.mask_params(average, opt_state), test_images, test_labels)
-
-
 def _train_seed(method: Method, setting: Setting, programs: Programs, seed: int) -> Run:
-    train_images, train_labels, test_images, test_labels = _on_device(*setting.subset)
-    data = train_images, train_labels
+    data = _on_device(*setting.subset)[:2]
+    test_set = setting.images[2:4]
     params, opt_state = _start(method, setting, seed)
     average = jax.tree.map(jnp.copy, params) if setting.averages else None
     order = _Order(method, setting, seed)
-    rows, evaluations, seconds, ratio = [], 0.0, 0.0, np.inf
+    rows, probes, evaluations, seconds, ratio = [], [], 0.0, 0.0, np.inf
     for epoch in range(setting.epochs * method.epoch_multiple):
         order.start_epoch(epoch)
         measured = []
@@ -221,12 +251,16 @@ def _train_seed(method: Method, setting: Setting, programs: Programs, seed: int)
             continue
         average_accuracy = np.nan
         if average is not None and epoch >= setting.epochs * method.epoch_multiple // 2:
-            average_accuracy = float(_masked_accuracy(average, params, opt_state, test_images, test_labels))
+            masks = agent_optax.active_masks(opt_state, params)  # an average holds weights that were dropped, too
+            active = jax.tree.map(lambda m, a: a if m is None else a * m, masks, average, is_leaf=lambda x: x is None)
+            average_accuracy = network.accuracy(active, *test_set)
         correlation, variance_ratio = np.concatenate(measured).mean(axis=0)
-        accuracy = float(_accuracy(params, test_images, test_labels))
+        accuracy = network.accuracy(params, *test_set)
+        if programs.probe is not None:
+            probes.append(np.asarray(programs.probe(params, opt_state, order.batches, order.keys[0])))
         rows.append((accuracy, average_accuracy, correlation, variance_ratio, evaluations, seconds))
     robust = _robust_accuracy(setting, params, seed) if setting.attack_epsilon else np.nan
-    return Run(*np.array(rows).T, robust_accuracy=robust)
+    return Run(*np.array(rows).T, robust_accuracy=robust, probes=np.stack(probes) if probes else None)
 
 
 @functools.cache

@@ -29,51 +29,63 @@ class Job(NamedTuple):
         epochs = METHODS[self.method].evaluations(self.setting) * self.setting.epochs * len(self.seeds)
         return (epochs + 60) * num_images
 
-    def file(self, folder: Path) -> Path:
-        """Where the result is kept for another suite that wants the same."""
-        digest = hashlib.sha256(repr((self, METHODS[self.method].evaluations(self.setting))).encode()).hexdigest()
-        return folder / f"{digest[:24]}.pickle"
+
+class Kept:
+    """Runs of earlier calls in a folder, one file a seed: a suite takes what another has run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, job: Job, seed: int) -> Path:
+        name = repr((job.method, job.setting, seed))
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pickle"
+
+    def get(self, job: Job) -> dict[int, Run]:
+        return {s: pickle.loads(self.file(job, s).read_bytes()) for s in job.seeds if self.file(job, s).is_file()}
+
+    def put(self, job: Job, runs: list[Run]) -> None:
+        for seed, run in zip(job.seeds, runs, strict=True):
+            self.file(job, seed).write_bytes(pickle.dumps(run))
 
 
 def run_all(
     jobs: Iterable[Job], workers: int, on_done: Callable[[Job], None], keep: Path | None = None
 ) -> dict[Job, list[Run]]:
-    """The runs of each job. `workers` = 0: in this process. `keep`: a folder of results to take from and add to."""
-    results: dict[Job, list[Run]] = {}
-    todo = []
-    for job in dict.fromkeys(jobs):
-        if keep is not None and job.file(keep).is_file():
-            results[job] = pickle.loads(job.file(keep).read_bytes())
-            on_done(job)
-        else:
-            todo.append(job)
+    """The runs of each job. `workers` = 0: in this process. `keep`: a folder of runs to take from and add to."""
+    kept = Kept(keep) if keep is not None else None
+    by_seed = {job: kept.get(job) if kept is not None else {} for job in jobs}
+    todo = [job._replace(seeds=tuple(s for s in job.seeds if s not in runs)) for job, runs in by_seed.items()]
+    todo = [job for job in todo if job.seeds]
+    done: dict[tuple[str, Setting], dict[int, Run]] = {}
 
     def finish(job: Job, runs: list[Run]) -> None:
-        results[job] = runs
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-            job.file(keep).write_bytes(pickle.dumps(runs))
+        done.setdefault(job[:2], {}).update(zip(job.seeds, runs, strict=True))
+        if kept is not None:
+            kept.put(job, runs)
         on_done(job)
 
     todo.sort(key=Job.cost, reverse=True)  # the longest first: the last to finish should be a short one
-    if not workers:
+    if workers:
+        _run_in_processes(todo, workers, finish)
+    else:
         for job in todo:
             finish(job, train(*job))
-        return results
-    cores = multiprocessing.get_context("spawn").SimpleQueue()
+    return {job: [(done.get(job[:2], {}) | runs)[s] for s in job.seeds] for job, runs in by_seed.items()}
+
+
+def _run_in_processes(todo: list[Job], workers: int, finish: Callable[[Job, list[Run]], None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for i in range(workers):
         cores.put(available[i % len(available)] if available else None)
     # One thread a process: two processes with a core each leave no core waiting, as threads of small products would.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_take_core, initargs=(cores,)
-    )
-    with pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_take_core, initargs=(cores,)) as pool:
         pending = {pool.submit(train, *job): job for job in todo}
         for future in concurrent.futures.as_completed(pending):
             finish(pending[future], future.result())
-    return results
 
 
 def _take_core(cores: multiprocessing.SimpleQueue) -> None:

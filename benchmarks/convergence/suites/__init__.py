@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 from convergence.suite import Suite
+from convergence.suites.ablations import ABLATIONS
+from convergence.suites.accuracy_at_epochs import ACCURACY_AT_EPOCHS
+from convergence.suites.adversarial import ADVERSARIAL
+from convergence.suites.baselines import BASELINES
+from convergence.suites.budgets import BUDGETS
+from convergence.suites.epochs_to_accuracy import EPOCHS_TO_ACCURACY
+from convergence.suites.equal_evaluations import EQUAL_EVALUATIONS
 from convergence.suites.r9 import R9
+from convergence.suites.tuning import TUNING
+from convergence.suites.variance_and_correlation import VARIANCE_AND_CORRELATION
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (R9,)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        R9,
+        BASELINES,
+        ABLATIONS,
+        EQUAL_EVALUATIONS,
+        ACCURACY_AT_EPOCHS,
+        EPOCHS_TO_ACCURACY,
+        VARIANCE_AND_CORRELATION,
+        BUDGETS,
+        ADVERSARIAL,
+        TUNING,
+    )
+}

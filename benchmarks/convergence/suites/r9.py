@@ -26,4 +26,5 @@ R9 = Suite(
     ),
     table=costs_and_accuracy,
     smoke_methods=("SGD", "gradient regression"),
+    smoke_rewires=True,
 )
