@@ -33,4 +33,5 @@ TUNING = Suite(
         ),
     ),
     table=costs_and_accuracy,
+    smoke_methods=("SGD", "gradient regression"),
 )
