@@ -52,8 +52,8 @@ def main(config: Config) -> None:
     if config.data.placement == "device":
         data = data._replace(train=on_device(data.train), test=on_device(data.test))
     console.print(summary(config, data, steps, state))
-    journal = Journal(config.out, int(state.epoch))
     with Interruption() as interruption, progress_bar(console) as progress:
+        journal = Journal(config.out, int(state.epoch))
         task = progress.add_task("training", total=config.epochs, completed=int(state.epoch), news="compiling")
         while state.epoch < config.epochs and not interruption.is_requested:
             started = time.perf_counter()
@@ -62,9 +62,9 @@ def main(config: Config) -> None:
                 journal.write(measure(config, network, steps, state, data, time.perf_counter() - started))
                 state = state.begin_epoch()
                 progress.update(task, advance=1, news=news(journal.records[-1]))
-            is_last = interruption.is_requested or state.epoch == config.epochs
-            if is_last or state.epoch % config.checkpoint_every == 0:
-                checkpoints.save(state, int(state.epoch) * steps.per_epoch + int(state.epoch_step))
+            if state.epoch % config.checkpoint_every == 0 and not interruption.is_requested:
+                checkpoints.save(state, steps_taken(steps, state))
+        checkpoints.save(state, steps_taken(steps, state))
     checkpoints.close()
     journal.close()
     if state.epoch < config.epochs:
@@ -72,6 +72,10 @@ def main(config: Config) -> None:
         console.print(f"Interrupted and saved after {where}: the same command with --resume goes on.")
         sys.exit(INTERRUPTED)
     finish(config, console, network, state, data, journal)
+
+
+def steps_taken(steps: Steps, state: TrainState) -> int:
+    return int(state.epoch) * steps.per_epoch + int(state.epoch_step)
 
 
 def load_data(config: Config) -> loaders.DataSet:
@@ -211,5 +215,10 @@ def finish(
     console.print(f"{config.out}: metrics.csv, curves.png, tensorboard, checkpoints")
 
 
+def parse() -> Config:
+    """The configuration that the command line describes."""
+    return tyro.extras.overridable_config_cli(presets(), description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(presets(), description=__doc__))
+    main(parse())

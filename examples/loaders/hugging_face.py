@@ -31,8 +31,7 @@ def download(name: str) -> DataSet:
     """The data set of this name, with Hugging Face `datasets`.
 
     Raises:
-        ValueError: if the hub has it not, or what it has is not as expected.
-        ModuleNotFoundError: if `datasets` is not installed.
+        ValueError: if the hub has it not, what it has is not as expected, or `datasets` is not installed.
     """
     if name not in REPOSITORIES:
         raise ValueError(f"--data.from-hub knows {', '.join(REPOSITORIES)}, not {name}: leave it out.")
@@ -41,8 +40,13 @@ def download(name: str) -> DataSet:
 
 def read_repository(repository: Repository) -> DataSet:
     """Both splits as arrays; a local folder in the place of `path` is read as well."""
-    import datasets  # only here: it takes a second to import, and most runs read local files
-
+    try:
+        import datasets  # only here: it takes a second to import, and most runs read local files
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            '--data.from-hub needs Hugging Face datasets: pip install -e ".[examples,hub]", or name a folder with '
+            "--data.data-dir."
+        ) from error
     splits = datasets.load_dataset(repository.path, repository.configuration)
     return DataSet(*(_as_arrays(splits[split], repository) for split in ("train", "test")), repository.num_classes)
 

@@ -78,7 +78,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TopologyConfig:
-    name: Literal["dense", "static", "set", "rigl", "set_itop", "rigl_itop"] = "set_itop"
+    name: Literal[
+        "dense", "static", "set", "rigl", "set_itop", "rigl_itop", "snfs", "bayesian_rewiring", "gradual_pruning"
+    ] = "set_itop"
     """Which weights are active; "dense": all, always."""
     sparsity: float = 0.9
     distribution: Literal["erk", "erdos_renyi", "uniform"] = "erk"
@@ -86,7 +88,8 @@ class TopologyConfig:
     update_every: int | None = None
     """Steps between topology updates. Default: 1500 for ITOP, 100 otherwise."""
     drop_fraction: float | None = None
-    """Share of the active weights that is replaced. Default: 0.3; ITOP has a schedule."""
+    """Share of the active weights that is replaced. Default: 0.3, 0.5 for snfs, 0 for gradual_pruning; ITOP has a
+    schedule."""
     storage: Literal["dense", "compact"] = "dense"
     """Whether the optimizer's state holds all weights, or the active ones only."""
     grow_by: Literal["raw", "corrected"] = "raw"
@@ -96,16 +99,21 @@ class TopologyConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.name in ("set", "rigl") or self.drop_fraction is None,
-            f"--topology.drop-fraction {self.drop_fraction} is for set and rigl, not for {self.name}: leave it out.",
+            self.name in ("set", "rigl", "snfs", "gradual_pruning") or self.drop_fraction is None,
+            f"--topology.drop-fraction {self.drop_fraction} is of no use to {self.name}: leave it out.",
         )
         check(
-            self.name not in ("dense", "static") or self.update_every is None,
-            f"--topology.update-every {self.update_every} is of no use to {self.name}, which never changes.",
+            self.name not in ("dense", "static", "bayesian_rewiring") or self.update_every is None,
+            f"--topology.update-every {self.update_every} is of no use to {self.name}, which changes "
+            + ("at every step." if self.name == "bayesian_rewiring" else "never."),
         )
         check(
             self.name != "dense" or self.storage == "dense",
             "--topology.storage compact holds active weights only, and with --topology.name dense all are active.",
+        )
+        check(
+            self.storage == "dense" or self.name not in ("snfs", "bayesian_rewiring", "gradual_pruning"),
+            f"--topology.storage compact needs layers that keep their size, and {self.name} changes it: leave it out.",
         )
         check(
             self.grow_by == "raw" or self.name in ("rigl", "rigl_itop"),
@@ -184,13 +192,20 @@ class OptimizerConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    decoupled: bool = False
+    """Whether weights decay beside the momentum (SGDW) and not through it."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of training after which the learning rate falls."""
-    decay: float = 0.1
-    """What it is multiplied with there."""
+    decays: tuple[float, ...] = (0.1, 0.01)
+    """What the first learning rate is multiplied with after each of them."""
 
     def __post_init__(self) -> None:
         inside = all(0 < share < 1 for share in self.milestones)
+        check(
+            len(self.milestones) == len(self.decays) and all(decay > 0 for decay in self.decays),
+            f"--optimizer.decays needs a positive number for each of --optimizer.milestones {self.milestones}, got "
+            f"{self.decays}.",
+        )
         check(inside, f"--optimizer.milestones are shares of training, between 0 and 1, got {self.milestones}.")
 
 

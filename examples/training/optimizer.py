@@ -10,9 +10,11 @@ from training.config import Config, CorrectionConfig, TopologyConfig
 
 
 def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
-    """Constant, and multiplied with the decay at each milestone."""
-    steps = {round(share * total_steps): config.optimizer.decay for share in config.optimizer.milestones}
-    return optax.piecewise_constant_schedule(config.optimizer.learning_rate, steps)
+    """Constant between milestones."""
+    settings = config.optimizer
+    rates = [settings.learning_rate * decay for decay in (1.0, *settings.decays)]
+    constants = [optax.constant_schedule(rate) for rate in rates]
+    return optax.join_schedules(constants, [round(share * total_steps) for share in settings.milestones])
 
 
 def build_optimizer(
@@ -23,12 +25,10 @@ def build_optimizer(
     Raises:
         ValueError: if the topology would never change in so few steps.
     """
-    total_steps = config.epochs * steps_per_epoch
-    settings = config.optimizer
-    momentum = optax.sgd(
-        learning_rate_schedule(config, total_steps), momentum=settings.momentum or None, nesterov=settings.nesterov
-    )
-    parts = [optax.add_decayed_weights(settings.weight_decay), momentum]
+    settings, rate = config.optimizer, learning_rate_schedule(config, config.epochs * steps_per_epoch)
+    momentum = optax.trace(settings.momentum, settings.nesterov) if settings.momentum else optax.identity()
+    decay = optax.add_decayed_weights(settings.weight_decay)
+    parts = [*((momentum, decay) if settings.decoupled else (decay, momentum)), optax.scale_by_learning_rate(rate)]
     if config.correction.memory != "none":
         parts.insert(0, correction(config.correction, config.epochs, steps_per_epoch))
     inner = optax.chain(*parts)
@@ -36,7 +36,7 @@ def build_optimizer(
         return inner
     return agent_optax.sparsify(
         inner,
-        topology(config.topology, total_steps),
+        topology(config.topology, rate, config.epochs, steps_per_epoch),
         sparsity=config.topology.sparsity,
         distribution=getattr(agent_optax, config.topology.distribution),
         storage=config.topology.storage,
@@ -76,19 +76,31 @@ def correction(config: CorrectionConfig, epochs: int, steps_per_epoch: int) -> o
     return agent_optax.correct_gradients(memory, coefficient, scaling=scaling)
 
 
-def topology(config: TopologyConfig, total_steps: int):
+def topology(config: TopologyConfig, learning_rate: optax.Schedule, epochs: int, steps_per_epoch: int):
     """When and how the set of active weights changes."""
     if config.name == "static":
         return agent_optax.static()
-    is_itop = config.name in ("set_itop", "rigl_itop")
-    update_every = config.update_every or (1500 if is_itop else 100)
+    total_steps = epochs * steps_per_epoch
+    if config.name == "bayesian_rewiring":
+        noise = optax.piecewise_constant_schedule(1e-6, {100 * steps_per_epoch: 10.0})  # the paper's
+        return agent_optax.bayesian_rewiring(learning_rate, steps_per_epoch, noise)
+    update_every = config.update_every or (1500 if config.name in ("set_itop", "rigl_itop") else 100)
     if update_every > total_steps:
         raise ValueError(
             f"{config.name} would never change in {total_steps} steps with --topology.update-every {update_every}: "
             "give a smaller interval, more epochs, or --topology.name static."
         )
-    if is_itop:
-        build = agent_optax.set_itop if config.name == "set_itop" else agent_optax.rigl_itop
-        return build(total_steps, update_every)
-    build = agent_optax.set_ if config.name == "set" else agent_optax.rigl
-    return build(update_every, 0.3 if config.drop_fraction is None else config.drop_fraction)
+    given = {} if config.drop_fraction is None else {"drop_fraction": config.drop_fraction}
+    match config.name:
+        case "set_itop":
+            return agent_optax.set_itop(total_steps, update_every)
+        case "rigl_itop":
+            return agent_optax.rigl_itop(total_steps, update_every)
+        case "gradual_pruning":  # the last quarter of training is at the final sparsity
+            stop = max(round(0.75 * total_steps), update_every + 1)
+            return agent_optax.gradual_pruning(stop, update_every, **given)
+        case "snfs":
+            return agent_optax.snfs(update_every, **given)
+        case "set":
+            return agent_optax.set_(update_every, **given)
+    return agent_optax.rigl(update_every, **given)
