@@ -238,6 +238,19 @@ TOPOLOGIES = {
     "rigl": lambda drop_fraction: agent_optax.rigl(UPDATE_EVERY, drop_fraction),
     "set_itop": lambda drop_fraction: agent_optax.set_itop(NUM_STEPS, UPDATE_EVERY),
     "rigl_itop": lambda drop_fraction: agent_optax.rigl_itop(NUM_STEPS, UPDATE_EVERY),
+    "snfs": lambda drop_fraction: agent_optax.snfs(UPDATE_EVERY, drop_fraction),
+    "drop_and_grow": lambda drop_fraction: agent_optax.drop_and_grow(
+        agent_optax.taylor,
+        agent_optax.momentum_magnitude,
+        update_every=UPDATE_EVERY,
+        drop_fraction=drop_fraction,
+        momentum=0.9,
+    ),
+    "gradual_pruning": lambda drop_fraction: agent_optax.gradual_pruning(NUM_STEPS, UPDATE_EVERY),
+    "granet": lambda drop_fraction: agent_optax.gradual_pruning(
+        NUM_STEPS, UPDATE_EVERY, drop_fraction=drop_fraction, scope="global"
+    ),
+    "bayesian_rewiring": lambda drop_fraction: agent_optax.bayesian_rewiring(LEARNING_RATE, steps_per_epoch=NUM_STEPS),
 }
 
 
@@ -258,12 +271,27 @@ PRODUCTS = [
     Product("sparsify", {}, ("static", "set_", "rigl"), tuple(INNER)),
     Product("sparsify", {}, ("set_itop", "rigl_itop"), ("momentum",)),
     Product(
-        "sparsify-compact", {"storage": "compact"}, ("rigl",), tuple(name for name in INNER if name not in NOT_COMPACT)
-    ),
-    Product(
         "sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in NOT_COMPACT), takes_sharded=False
     ),
     Product("sparsify-compact", COMPACT, ("static", "set_"), ("momentum", "agent"), takes_sharded=False),
+    Product(
+        "sparsify",
+        {},
+        ("snfs", "drop_and_grow", "gradual_pruning", "granet", "bayesian_rewiring"),
+        ("momentum", "agent"),
+    ),
+    Product("sparsify", {}, ("bayesian_rewiring",), ("adam", "storm", "saga")),
+    Product("sparsify-compact", COMPACT, ("drop_and_grow",), ("momentum",), takes_sharded=False),
+    Product("sparsify-n_m", {"pattern": agent_optax.n_m(2, 4)}, ("static", "rigl", "granet"), ("momentum",)),
+    Product("sparsify-blocks", {"pattern": agent_optax.blocks((2, 3))}, ("set_", "rigl", "snfs"), ("momentum",)),
+    Product("sparsify-channels", {"pattern": agent_optax.output_channels()}, ("rigl",), ("momentum",)),
+    Product(
+        "sparsify-compact-n_m",
+        {**COMPACT, "pattern": agent_optax.n_m(2, 4)},
+        ("set_",),
+        ("momentum",),
+        takes_sharded=False,
+    ),
     Product("sparsify-corrected_growth", {"grow_by": "corrected"}, ("rigl",), ("agent", "history")),
 ]
 
@@ -321,6 +349,11 @@ TYPICAL_CASES: dict[str, Case] = {
         "mars",
         *(f"sparsify-{topology}-{inner}" for topology in ("static", "set_", "rigl") for inner in ("momentum", "agent")),
         "sparsify-rigl-saga",
+        "sparsify-snfs-momentum",
+        "sparsify-granet-momentum",
+        "sparsify-bayesian_rewiring-agent",
+        "sparsify-n_m-rigl-momentum",
+        "sparsify-blocks-rigl-momentum",
         "sparsify-compact-rigl-momentum",
         "sparsify-compact-rigl-agent",
         "sparsify-corrected_growth-rigl-agent",

@@ -54,6 +54,107 @@ IS_A_SHARE = "it is the share of inactive weights, such as 0.9"
 
 # What is done wrong, the error, and what the message says: the value, and the fix.
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    # topologies
+    "score": (lambda: agent_optax.drop_and_grow(drop="magnitude"), TypeError, ("weight_magnitude", "'magnitude'")),
+    "statistic": (lambda: agent_optax.drop_and_grow(redistribute=0.9), TypeError, ("redistribute", "0.9")),
+    "decay of momentum": (lambda: agent_optax.snfs(momentum=1.0), ValueError, ("[0, 1), got 1.0", "such as 0.9")),
+    "no momentum": (
+        lambda: update(
+            sparsify(optax.sgd(0.1), agent_optax.drop_and_grow(grow=agent_optax.momentum_magnitude), sparsity=0.5),
+            PARAMS,
+        ),
+        ValueError,
+        ("keeps none", "momentum=0.9"),
+    ),
+    "pruning without end": (lambda: agent_optax.gradual_pruning(stop=100), ValueError, ("start=100, stop=100",)),
+    "initial sparsity": (
+        lambda: agent_optax.gradual_pruning(stop=500, initial_sparsity=1.0),
+        ValueError,
+        ("initial_sparsity must lie in [0, 1), got 1.0",),
+    ),
+    "scope of pruning": (
+        lambda: agent_optax.gradual_pruning(stop=500, scope="all"),
+        ValueError,
+        ("'layer' or 'global'", "'all'"),
+    ),
+    "scope of masks": (
+        lambda: agent_optax.magnitude_masks(PARAMS, 0.5, scope="all"),
+        ValueError,
+        ("'global' or 'layer'", "'all'"),
+    ),
+    "pruning to nowhere": (
+        lambda: sparse(topology=agent_optax.gradual_pruning(stop=500), sparsity=None, masks=tree(BATCH > 0)),
+        ValueError,
+        ("sparsity=0.9",),
+    ),
+    "compact pruning": (
+        lambda: sparse(topology=agent_optax.gradual_pruning(stop=500), storage="compact"),
+        ValueError,
+        ("GradualPruning", "storage='dense'"),
+    ),
+    "compact redistribution": (
+        lambda: sparse(topology=agent_optax.snfs(), storage="compact"),
+        ValueError,
+        ("storage='dense'",),
+    ),
+    "compact rewiring": (
+        lambda: sparse(topology=agent_optax.bayesian_rewiring(0.1, 10), storage="compact"),
+        ValueError,
+        ("BayesianRewiring", "storage='dense'"),
+    ),
+    "staggered pruning": (
+        lambda: sparse(topology=agent_optax.gradual_pruning(stop=500), stagger=True),
+        ValueError,
+        ("stagger=True", "all of them at once"),
+    ),
+    "steps in an epoch": (lambda: agent_optax.bayesian_rewiring(0.1, 0), ValueError, ("steps_per_epoch", "got 0")),
+    "negative noise": (
+        lambda: agent_optax.bayesian_rewiring(0.1, 10, noise_scale=-1.0),
+        ValueError,
+        ("noise_scale must not be negative, got -1.0",),
+    ),
+    "density of connections": (
+        lambda: agent_optax.bayesian_rewiring(0.1, 10, density=2.0),
+        ValueError,
+        ("[0, 1], got 2.0",),
+    ),
+    # patterns
+    "too many of a group": (lambda: agent_optax.n_m(5, 4), ValueError, ("n=5, m=4", "n_m(2, 4)")),
+    "half a group": (lambda: agent_optax.n_m(0.5, 4), ValueError, ("n must be a whole number", "got 0.5")),
+    "block size": (lambda: agent_optax.blocks((0, 4)), ValueError, ("-1 for a whole axis", "(0, 4)")),
+    "block shape": (lambda: agent_optax.blocks(4), ValueError, ("such as (4, 4), got 4",)),
+    "no pattern": (lambda: sparse(pattern="2:4"), TypeError, ("n_m(2, 4)", "got '2:4'")),
+    "pattern of a leaf": (lambda: sparse(pattern=lambda path: 4), TypeError, ("dense/kernel", "4")),
+    "pattern and sparsity": (
+        lambda: sparse(pattern=agent_optax.n_m(1, 4)),
+        ValueError,
+        ("sparsity=0.5 does not fit", "0.75"),
+    ),
+    "groups that do not divide": (
+        lambda: sparse(sparsity=None, pattern=agent_optax.n_m(2, 3)),
+        ValueError,
+        ("multiple of 3", "dense/kernel has the shape (4, 4)", "where="),
+    ),
+    "blocks that do not tile": (
+        lambda: sparse(pattern=agent_optax.blocks((3, 3))),
+        ValueError,
+        ("blocks((3, 3)) does not tile dense/kernel of shape (4, 4)", "where="),
+    ),
+    "groups and redistribution": (
+        lambda: sparse(sparsity=None, pattern=agent_optax.n_m(2, 4), topology=agent_optax.snfs()),
+        ValueError,
+        ("cannot be kept by", "agent_optax.rigl()"),
+    ),
+    "blocks and rewiring": (
+        lambda: sparse(pattern=agent_optax.blocks((2, 2)), topology=agent_optax.bayesian_rewiring(0.1, 10)),
+        ValueError,
+        ("cannot be kept by", "agent_optax.rigl()"),
+    ),
+    "masks without the pattern": (
+        lambda: sparse(masks=tree(jnp.eye(4) > 0), pattern=agent_optax.n_m(2, 4)),
+        ValueError,
+        ("masks= does not have the pattern", "dense/kernel"),
+    ),
     # sparsity
     "no sparsity": (lambda: sparse(sparsity=None), ValueError, ("sparsity=0.9", "masks=")),
     "sparsity 1": (lambda: sparse(sparsity=1.0), ValueError, ("must lie in [0, 1), got 1.0", IS_A_SHARE)),

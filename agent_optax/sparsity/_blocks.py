@@ -38,7 +38,7 @@ def blocks(
     Args:
         shape: of a block, counted from the last axis: ``(4, 4)`` are tiles of 4 inputs and 4 outputs of a kernel in
             Flax's layout, ``(-1, -1, 1, 1)`` the spatial filters of a convolution; -1 is the whole axis. Further
-            leading axes of a leaf are not grouped; a leaf with fewer axes uses the last ones. Each must divide its axis.
+            leading axes of a leaf are not grouped; a leaf with fewer axes uses the last. Each must divide its axis.
         reduce_weights: a function of (array, axes) that takes the weights of a block to one. Default: the root of the
             mean square.
         reduce_grads: the same for gradients and their moving average.

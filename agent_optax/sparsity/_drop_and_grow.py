@@ -130,6 +130,11 @@ class DropAndGrow(Topology):
         return self.redistribute is None
 
     @property
+    def counts_jointly(self) -> bool:
+        """Whether active weights of different layers are traded for each other."""
+        return self.redistribute is not None
+
+    @property
     def honours_groups(self) -> bool:
         """Whether it keeps a fixed number of active weights in groups of them."""
         return self.redistribute is None

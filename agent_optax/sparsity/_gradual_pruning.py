@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import statistics_dtype
-from agent_optax._validation import check_fraction
+from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._drop_and_grow import rigl_rule
 from agent_optax.sparsity._selection import select, select_jointly
 from agent_optax.sparsity._topology import (
@@ -112,6 +112,11 @@ class GradualPruning(Topology):
         """Staggered, a layer would miss its last update."""
         return False
 
+    @property
+    def counts_jointly(self) -> bool:
+        """Whether active weights of different layers are traded for each other."""
+        return self.scope == "global"
+
     def init(self, params: optax.Params, masks: Any, targets: Sequence[Target]) -> GradualPruningState:
         """The start is what the masks say."""
         real = statistics_dtype(params)
@@ -130,8 +135,8 @@ class GradualPruning(Topology):
         self, layers: Sequence[Layer], state: GradualPruningState, step: jax.Array, key: jax.Array
     ) -> tuple[list[jax.Array], GradualPruningState]:
         """Prunes, then replaces."""
-        masks = self._pruned(layers, self._targets(layers, state, step))
-        if callable(self.drop_fraction) or self.drop_fraction != 0:
+        masks = self._pruned(layers, self._targets(layers, state, step), is_last=step >= self.end)
+        if not (is_concrete_number(self.drop_fraction) and self.drop_fraction == 0):
             fraction = jnp.where(step < self.end, fraction_at(self.drop_fraction, step), 0)
             keys = jax.random.split(key, max(len(layers), 1))
             rule = rigl_rule()
@@ -149,9 +154,20 @@ class GradualPruning(Topology):
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
         return jnp.where(step >= self.end, state.final_active, tolerant_ceil((1 - sparsity) * sizes))
 
-    def _pruned(self, layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
-        """The masks of the weights of largest magnitude; the best of each group are safe."""
-        scores = [_magnitude(layer) for layer in layers]
+    def _pruned(self, layers: Sequence[Layer], targets: jax.Array, is_last: jax.Array) -> list[jax.Array]:
+        """The masks of the weights of largest magnitude; the best of each group are safe, and all that is left at last.
+
+        At last a group that has too few left is filled up: regrowth may have taken some.
+        """
+        masks = self._largest([_magnitude(layer) for layer in layers], layers, targets)
+        return [
+            mask
+            if layer.groups is None
+            else jnp.where(is_last, layer.groups.best(jnp.abs(layer.weights), first=layer.mask), mask)
+            for mask, layer in zip(masks, layers, strict=True)
+        ]
+
+    def _largest(self, scores: Sequence[jax.Array], layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
         active = [jnp.sum(layer.mask, dtype=jnp.int32) for layer in layers]
         if self.scope == "global":
             total = jnp.minimum(jnp.sum(targets), sum(active, jnp.zeros((), jnp.int32)))

@@ -21,7 +21,7 @@ class LatentActive(NamedTuple):
 
     is_connected: Any  # like params, bool
     signs: Any  # like params, int8: 1 or -1, fixed
-    latent_weights: Any  # like params: of disconnected positions, zero where connected
+    latent_weights: Any  # like params: what the parameters do not hold; zero where they do
     point_masks: Any  # like params, bool: connected at the stored point of evaluation; None without such a memory
     ever_active: Any  # like params, bool
 
@@ -69,13 +69,15 @@ def latent_start(masks: Any, params: optax.Params, key: jax.Array) -> LatentActi
             lambda m, p: m if is_masked(m) else jnp.zeros_like(p), masks, params, is_leaf=is_masked
         ),
         point_masks=None,
-        ever_active=masks,
+        ever_active=jax.tree.map(jnp.copy, masks),
     )
 
 
 def with_points(active: LatentActive, inner_state: optax.OptState) -> LatentActive:
     """Makes room for the masks of the stored point, if a memory in the inner state stores one."""
-    return active._replace(point_masks=active.is_connected) if has_point(inner_state, "point_fields") else active
+    if not has_point(inner_state, "point_fields"):
+        return active
+    return active._replace(point_masks=jax.tree.map(jnp.copy, active.is_connected))
 
 
 def latent_update(
@@ -94,7 +96,8 @@ def latent_update(
     pruned = [i for i, m in enumerate(leaf(connected)) if not is_masked(m)]
     pick = lambda tree: [leaf(tree)[i] for i in pruned]  # noqa: E731
 
-    extended = _where(connected, params, active.latent_weights)
+    is_own = jax.tree.map(lambda m, v: m & (v == 0), connected, active.latent_weights)
+    extended = _where(is_own, params, active.latent_weights)
     extra_args = dict(extra_args)
     if active.point_masks is not None and extra_args.get("old_grads") is not None:
         extra_args["old_grads"] = apply_masks(active.point_masks, conform(extra_args["old_grads"], params))
@@ -111,7 +114,9 @@ def latent_update(
     before, steps, moved = pick(connected), [], []
     for k, (mask, u, v) in enumerate(zip(before, pick(inner_updates), pick(extended), strict=True)):
         noise = std.astype(v.dtype) * jax.random.normal(noise_keys[k], v.shape, v.dtype)
-        steps.append(u.astype(v.dtype) + jnp.where(mask, noise, 0))
+        # The sum is decided on here and computed again when the update is applied: without the barrier XLA might
+        # contract one of the two to a fused multiply-add, and round differently about zero.
+        steps.append(jax.lax.optimization_barrier(u.astype(v.dtype) + jnp.where(mask, noise, 0)))
         moved.append(v + steps[-1])
 
     usable = all_finite((grads, moved))
@@ -123,19 +128,18 @@ def latent_update(
         grown = topology.grown(masks, jnp.maximum(num_missing, 0), growth_key)
         return [m | g for m, g in zip(masks, grown, strict=True)]
 
-    disconnected = [~m for m in after]
+    survivors = after
     after = when(num_missing > 0, grow, after)
-    new_weight = [max(NEW_WEIGHT, float(jnp.finfo(v.dtype).smallest_normal)) for v in moved]
-    moved = [
-        jnp.where(m & d, s * w, v) for v, m, d, s, w in zip(moved, after, disconnected, signs, new_weight, strict=True)
-    ]
-    updates = list(leaf(inner_updates))
-    latents = list(leaf(active.latent_weights))
+    updates, latents = list(leaf(inner_updates)), list(leaf(active.latent_weights))
     for k, i in enumerate(pruned):
-        p = leaf(params)[i]
-        # A weight that stays gets its step, so that adding it rounds once; one that comes or goes moves from p.
-        updates[i] = jnp.where(before[k] & after[k], steps[k], jnp.where(after[k], moved[k], 0) - p)
-        latents[i] = jnp.where(after[k], 0, jnp.where(usable, moved[k], latents[i]))
+        p, own = leaf(params)[i], leaf(is_own)[i]
+        start = signs[k] * max(NEW_WEIGHT, float(jnp.finfo(p.dtype).smallest_normal))
+        new = jnp.where(after[k] & ~survivors[k], start, moved[k])
+        # A weight that left and came back in one step is 0 for a step: no update takes p to 1e-12 without rounding.
+        in_network = after[k] & ~(before[k] & ~survivors[k]) & usable
+        # A weight that stays gets its step, so that adding it rounds once; others move from p.
+        updates[i] = jnp.where(own & survivors[k], steps[k], jnp.where(in_network, new, 0) - p)
+        latents[i] = jnp.where(usable, jnp.where(in_network, 0, new), latents[i])
     masks = list(leaf(connected))
     for k, i in enumerate(pruned):
         masks[i] = after[k]

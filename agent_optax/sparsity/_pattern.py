@@ -93,3 +93,9 @@ def check_patterns(patterns: list[Pattern], names: list[str], leaves: list[jax.A
                 f"pattern={pattern} cannot be kept by {topology}, which changes how many weights are active where: use "
                 "another topology, such as agent_optax.rigl(), or no pattern."
             )
+    units = {name: p.unit_size(leaf.shape) for p, name, leaf in zip(patterns, names, leaves, strict=True)}
+    if topology.counts_jointly and len(set(units.values())) > 1:
+        raise ValueError(
+            f"{topology} trades blocks of one layer for blocks of another, which needs blocks of one size, but pattern="
+            f" makes blocks of these numbers of weights: {units}. Use a topology that keeps to a layer."
+        )

@@ -30,8 +30,7 @@ class RedistributionState(NamedTuple):
 
 def start_redistribution(num_active: jax.Array, dtype: jnp.dtype) -> RedistributionState:
     """Nothing has strayed."""
-    zero = jnp.zeros((), dtype)
-    return RedistributionState(num_active, zero, zero, jnp.zeros((), jnp.int32))
+    return RedistributionState(num_active, jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
 
 
 def shares(means: jax.Array) -> jax.Array:

@@ -41,6 +41,7 @@ class Topology:
     is_static = False  # whether the set of active weights never changes
     keeps_counts = True  # whether the number of active weights of a layer never changes
     is_layerwise = True  # whether one layer's update needs no other layer
+    counts_jointly = False  # whether active weights of different layers are traded for each other
     honours_groups = True  # whether it keeps a fixed number of active weights in groups of them
     honours_blocks = True  # whether it can work on blocks as it does on weights
     has_latent_weights = False  # whether inactive positions keep weights of their own
