@@ -1,0 +1,99 @@
+"""N:M sparsity, which hardware multiplies fast: is it there, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agent_optax._validation import check_positive_int
+from agent_optax.sparsity._where import leaf_names
+
+
+class NMReport(NamedTuple):
+    """What `n_m_report` says of a layer."""
+
+    is_n_m: bool  # whether the layer can run as an N:M sparse one
+    num_groups: int  # groups of m along the axis; 0 when m does not divide it
+    num_too_dense: int  # of them, those with more than n active weights
+    density: float  # the share of active weights
+
+
+def is_n_m(mask: Any, n: int = 2, m: int = 4, axis: int = -2) -> bool:
+    """Whether at most n weights are active in each m consecutive ones along an axis.
+
+    Args:
+        mask: bool [..., K, ...]: True where a weight is active. Or weights, where those that are not 0 count as active.
+        n: how many of m may be active. Default 2, as in the 2:4 sparsity of NVIDIA's tensor cores.
+        m: the size of a group. Default 4.
+        axis: the axis along which groups lie: that over which a product sums, so the input axis, which is the last but
+            one (default) of kernels in JAX, [in, out] and [height, width, in, out].
+
+    Returns:
+        True when all groups are so; False also when m does not divide the axis.
+
+    Raises:
+        ValueError: if `n` or `m` is no positive whole number, n > m, or `mask` has no such axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from agent_optax import export
+        >>> export.is_n_m(jnp.array([[1, 0], [0, 1], [1, 1], [0, 0]], bool))
+        True
+        >>> export.is_n_m(jnp.array([[1, 0], [1, 1], [1, 1], [0, 0]], bool))
+        False
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021 (https://arxiv.org/abs/2104.08378).
+    """
+    return _report(mask, n, m, axis).is_n_m
+
+
+def n_m_report(masks: Any, n: int = 2, m: int = 4, axis: int = -2) -> dict[str, NMReport]:
+    """`is_n_m` for each layer, with what stands in its way.
+
+    Args:
+        masks: a tree of masks or weights, None where nothing is pruned, such as `agent_optax.active_masks` returns.
+        n: how many of m may be active. Default 2.
+        m: the size of a group. Default 4.
+        axis: the axis along which groups lie. Default: the last but one.
+
+    Returns:
+        Names of leaves to `NMReport`.
+
+    Raises:
+        ValueError: as `is_n_m`, or if there is no mask.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from agent_optax import export
+        >>> masks = {"Dense_0": {"kernel": jnp.tile(jnp.array([[True], [False]]), (4, 3)), "bias": None}}
+        >>> export.n_m_report(masks)
+        {'Dense_0/kernel': NMReport(is_n_m=True, num_groups=6, num_too_dense=0, density=0.5)}
+    """
+    leaves = jax.tree.leaves(masks)
+    if not leaves:
+        raise ValueError(f"masks holds no mask: pass agent_optax.active_masks(opt_state, params), got {masks!r}.")
+    return {name: _report(leaf, n, m, axis, name) for name, leaf in zip(leaf_names(masks), leaves, strict=True)}
+
+
+def _report(mask: Any, n: int, m: int, axis: int, name: str = "mask") -> NMReport:
+    check_positive_int("n", n, "it is how many of m may be active, such as 2")
+    check_positive_int("m", m, "it is the size of a group, such as 4")
+    if n > m:
+        raise ValueError(f"n must be at most m, got n={n} and m={m}: 2:4 is n=2, m=4.")
+    active = np.asarray(jnp.asarray(mask) != 0)
+    if not -active.ndim <= axis < active.ndim:
+        raise ValueError(
+            f"axis={axis} is none of {name}, which has shape {list(active.shape)}: name the axis over which the "
+            "product sums."
+        )
+    along = np.moveaxis(active, axis, -1)
+    density = float(active.mean()) if active.size else 0.0
+    if along.shape[-1] % m:
+        return NMReport(is_n_m=False, num_groups=0, num_too_dense=0, density=density)
+    counts = along.reshape(-1, m).sum(axis=-1)
+    num_too_dense = int((counts > n).sum())
+    return NMReport(is_n_m=num_too_dense == 0, num_groups=counts.size, num_too_dense=num_too_dense, density=density)
