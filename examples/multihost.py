@@ -104,6 +104,12 @@ def init_params(key: jax.Array, num_pixels: int, mesh: Mesh) -> optax.Params:
     return jax.jit(start, out_shardings=jax.tree.map(layout, jax.eval_shape(start, key)))(key)
 
 
+def on_all_devices(leaf: jax.Array, mesh: Mesh) -> jax.Array:
+    """Counters and the like, which start on one device; a restored one would be bound to it."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return leaf if leaf.sharding.device_set == whole.device_set else jax.device_put(leaf, whole)
+
+
 def logits_of(params: optax.Params, images: jax.Array) -> jax.Array:
     hidden = jax.nn.relu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
     return hidden @ params["output"]["kernel"] + params["output"]["bias"]
@@ -151,6 +157,7 @@ def train(config: Config) -> None:
 
     params = init_params(jax.random.key(config.seed), data.train_images.shape[1], mesh)
     opt_state = tx.init(params)  # not under jit: there the compiler would not know which zeros to split, and where
+    opt_state = jax.tree.map(lambda leaf: on_all_devices(leaf, mesh), opt_state)
     params = jax.jit(agent_optax.mask_params)(params, opt_state)
 
     first_epoch, manager = 0, None

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -225,6 +226,28 @@ else:
             moved = bytes_on_the_wire(update.compile().as_text())
             assert set(moved) == {"all-reduce"}  # no gather, no permutation
             assert 0 < moved["all-reduce"] < 256  # the smallest kernel has 2048
+
+    @pytest.mark.parametrize("name", ["saga-set_", "agent-rigl-compact"])
+    def test_a_checkpoint_is_restored_to_another_layout(name: str, tmp_path: Path) -> None:
+        """Written with parameters split over eight devices, read by two, by one, and whole on each of eight."""
+        params = initial_params()
+        structure = (params, jax.eval_shape(OPTIMIZERS[name]().init, params))
+        rng = np.random.default_rng(0)
+        expected = jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), structure)
+        split = shardings_like(place(params, mesh_of(AUTO), SHARDED), structure)
+        with ocp.CheckpointManager(tmp_path) as manager:
+            manager.save(0, args=ocp.args.StandardSave(jax.device_put(expected, split)))
+            manager.wait_until_finished()
+            for num_devices, spec in [(2, SHARDED), (1, WHOLE), (8, WHOLE)]:
+                mesh = jax.make_mesh((num_devices,), ("data",), (AUTO,), devices=jax.devices()[:num_devices])
+                wanted = shardings_like(place(params, mesh, spec), structure)
+                target = jax.tree.map(
+                    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), structure, wanted
+                )
+                restored = manager.restore(0, args=ocp.args.StandardRestore(target))
+                jax.tree.map(np.testing.assert_array_equal, restored, expected)
+                assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {num_devices}
+                follows_parameters(*restored)
 
     def test_counting_bytes() -> None:
         """The count sees a collective of whole tensors where there is one."""
