@@ -19,6 +19,7 @@ import tyro
 from convergence import images, report, workers
 from convergence.suite import Suite, smoke_sized
 from convergence.suites import SUITES
+from convergence.training import Run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +37,8 @@ class Config:
     """Default: fashion_mnist where it is installed, else digits."""
     methods: tuple[str, ...] = ()
     """Only these, with the baseline of each case. Default: all."""
+    cases: tuple[str, ...] = ()
+    """Only these. Default: all."""
     workers: int = 2
     """Processes, each on a core of its own; 0 for none."""
     output: Path = RESULTS
@@ -73,7 +76,10 @@ def _fitted(suite: Suite, config: Config, dataset: str) -> Suite:
             methods=tuple(m for i, m in enumerate(case.methods) if i == 0 or not config.methods or m in config.methods),
         )
         for case in suite.cases
+        if not config.cases or case.name in config.cases
     ]
+    if not cases:
+        sys.exit(f"--cases must name some of: {', '.join(case.name for case in suite.cases)}")
     return dataclasses.replace(suite, cases=tuple(cases), seeds=config.seeds or suite.seeds)
 
 
@@ -83,6 +89,7 @@ def run_suite(suite: Suite, config: Config, console: rich.console.Console) -> No
     start = time.perf_counter()
     if config.from_csv:
         results, seeds = report.read_csv(path)
+        suite = _as_run(suite, results)
     else:
         seeds = tuple(range(config.first_seed, config.first_seed + suite.seeds))
         jobs = {
@@ -97,12 +104,40 @@ def run_suite(suite: Suite, config: Config, console: rich.console.Console) -> No
         runs = workers.run_all(jobs.values(), 0 if config.smoke else config.workers, on_done, config.keep)
         results = {case.name: {m: runs[jobs[case.name, m]] for m in case.methods} for case in suite.cases}
         report.write_csv(path, results, seeds)
-    command = f"python benchmarks/convergence.py --suite {suite.name} --seeds {len(seeds)}"
-    text = report.markdown(suite, results, seeds, command)
+    text = report.markdown(suite, results, seeds, _command(suite, config, seeds))
     path.with_suffix(".md").write_text(text)
     report.plot(suite, results, path.with_suffix(".png"))
     console.print(text, markup=False)
     console.print(f"{time.perf_counter() - start:.0f} s. Files: {path.with_suffix('')}.csv, .md, .png")
+
+
+def _as_run(suite: Suite, results: dict[str, dict[str, list[Run]]]) -> Suite:
+    """The suite with the cases and methods that there are results of."""
+    cases = [
+        dataclasses.replace(case, methods=tuple(m for m in case.methods if m in results[case.name]))
+        for case in suite.cases
+        if case.name in results
+    ]
+    return dataclasses.replace(suite, cases=tuple(cases))
+
+
+def _command(suite: Suite, config: Config, seeds: tuple[int, ...]) -> str:
+    """What to type for these results."""
+    words = ["python benchmarks/convergence.py", f"--suite {suite.name}"]
+    if config.smoke:
+        return " ".join([*words, "--smoke"])
+    words.append(f"--seeds {len(seeds)}")
+    if seeds[0]:
+        words.append(f"--first-seed {seeds[0]}")
+    if len(suite.cases) < len(SUITES[suite.name].cases):
+        words.append("--cases " + " ".join(f'"{case.name}"' for case in suite.cases))
+    left_out = {m for case in SUITES[suite.name].cases for m in case.methods} - {
+        m for case in suite.cases for m in case.methods
+    }
+    if left_out:
+        chosen = dict.fromkeys(m for case in suite.cases for m in case.methods)
+        words.append("--methods " + " ".join(f'"{method}"' for method in chosen))
+    return " ".join(words)
 
 
 if __name__ == "__main__":

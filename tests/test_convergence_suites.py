@@ -51,6 +51,7 @@ def test_every_suite_writes_curves_tables_and_a_figure(smoke_folder):
         assert {(row["method"], row["seed"], row["epoch"]) for row in rows} == expected
         assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
         text = (smoke_folder / f"{name}.md").read_text()
+        assert f"--suite {name} --smoke`" in text
         assert suite.title in text and all(f"| {method} |" in text for method in small.cases[0].methods)
         height, width = matplotlib.image.imread(smoke_folder / f"{name}.png").shape[:2]
         assert width > 2 * height
