@@ -110,18 +110,14 @@ def sparsify(
     check_part("inner", inner, "update", "optax.sgd(0.1)")
     check_part("topology", topology, "rewire", "agent_optax.rigl()")
     check_pattern(pattern)
-    fixed_sparsity = 1 - pattern.density if isinstance(pattern, Pattern) and pattern.density is not None else None
-    sparsity = fixed_sparsity if sparsity is None else sparsity
+    if isinstance(pattern, Pattern) and pattern.density is not None:
+        sparsity = _fixed_sparsity(sparsity, pattern, 1 - pattern.density)
     if sparsity is None and (masks is None or topology.initial_sparsity is not None):
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
     if isinstance(sparsity, (jax.Array, np.ndarray)):
         raise ValueError(
             f"sparsity must be a plain number, because it fixes shapes and counts, got {sparsity!r}. Under "
             "optax.inject_hyperparams pass static_args=('sparsity', 'distribution', 'where')."
-        )
-    if is_concrete_number(sparsity) and fixed_sparsity is not None and abs(sparsity - fixed_sparsity) > 1e-9:
-        raise ValueError(
-            f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {fixed_sparsity:g}: leave it out."
         )
     if is_concrete_number(sparsity):
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
@@ -223,6 +219,15 @@ def sparsify(
         return (compiled_step if is_plain else take_step)(updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fixed_sparsity(sparsity: Any, pattern: Pattern, fixed: float) -> Any:
+    """The sparsity that a pattern fixes; ValueError if another number was asked for."""
+    if is_concrete_number(sparsity) and abs(sparsity - fixed) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {fixed:g}: leave it out."
+        )
+    return fixed if sparsity is None else sparsity
 
 
 def _random_key(key: int | jax.Array) -> jax.Array:
