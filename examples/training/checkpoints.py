@@ -34,6 +34,14 @@ class Checkpoints:
             folder / "checkpoints",
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
         )
+        try:
+            self._claim(config)
+        except (OSError, ValueError):
+            self.manager.close()
+            raise
+
+    def _claim(self, config: Config) -> None:
+        """Makes sure that the folder is new, or holds the run to resume."""
         has_run = self.manager.latest_step() is not None
         if config.resume and not has_run:
             raise FileNotFoundError(f"{config.out} holds no checkpoint to resume from: leave --resume out.")

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tyro
+from training.checkpoints import Checkpoints
 from training.config import Config, CorrectionConfig, DataConfig, ModelConfig, ObjectiveConfig, TopologyConfig
 from training.journal import EpochRecord, Journal, read
 from training.optimizer import build_optimizer, learning_rate_schedule
@@ -139,13 +140,15 @@ def test_finished_run_is_not_trained_again(environment, whole_run):
     assert again.returncode == 0 and "; 4 done" in again.stdout
     assert (whole_run / "metrics.csv").read_text() == before
 
-    for arguments, message in (
-        ([], "holds a run: add --resume"),
-        (["--resume", "--seed", "1"], "was started with --seed 0 (now 1): resume with the same settings"),
-    ):
-        refused = run(environment, *RUN, "--out", str(whole_run), *arguments)
-        assert refused.returncode == 1 and message in refused.stderr.replace("\n", " ")
-        assert "Traceback" not in refused.stderr
+
+def test_another_run_is_not_overwritten(whole_run):
+    config = tyro.extras.overridable_config_cli(presets(), args=[*RUN, "--out", str(whole_run)])
+    with pytest.raises(FileExistsError, match="holds a run: add --resume"):
+        Checkpoints(config)
+    message = r"was started with --model\.hidden \[32\] \(now \[300, 100\]\), --seed 0 \(now 1\): resume with the same"
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(dataclasses.replace(config, seed=1, model=ModelConfig(), resume=True))
+    Checkpoints(dataclasses.replace(config, checkpoint_every=3, resume=True)).close()
 
 
 def test_rows_after_the_last_checkpoint_are_written_anew(tmp_path):
