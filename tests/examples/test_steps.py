@@ -285,8 +285,8 @@ def test_evaluation_counts_every_image_once(data):
     network, _, state = train.build(TINY, data)
     images = jnp.asarray(data.test.images) / 255
     logits = network.evaluation_logits(state.params, state.batch_stats, images)
-    expected = np.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels))
-    accuracy = 100 * np.mean(np.argmax(logits, -1) == data.test.labels)
+    expected = float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels)))
+    accuracy = 100 * float(jnp.mean(jnp.argmax(logits, -1) == data.test.labels))
 
     class OnDemand:  # behaves like files that are decoded
         shape = data.test.images.shape
