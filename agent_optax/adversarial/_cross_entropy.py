@@ -11,7 +11,8 @@ from agent_optax.adversarial._divergence import widen
 def cross_entropy(logits_fn: LogitsFn) -> LossFn:
     r"""The cross-entropy of each sample, as a loss for `fgsm` and `pgd`.
 
-    $$\ell(\theta; x, y) = -\log \mathrm{softmax}(f_\theta(x))_y$$
+    .. math::
+        \ell(\theta; x, y) = -\log \mathrm{softmax}(f_\theta(x))_y
 
     It is computed in float32 at least, whatever the dtype of the logits.
 

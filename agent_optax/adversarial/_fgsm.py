@@ -18,9 +18,10 @@ def fgsm(
 ) -> Attack:
     r"""The fast gradient sign method (FGSM).
 
-    $$x' = \Pi\big(x + \epsilon\,\mathrm{sign}\,\nabla_x \ell(\theta; x, y)\big)$$
+    .. math::
+        x' = \Pi\big(x + \epsilon\,\mathrm{sign}\,\nabla_x \ell(\theta; x, y)\big)
 
-    with a minus sign when targeted; the projection $\Pi$ keeps $x'$ within `epsilon` of $x$ and
+    with a minus sign when targeted; the projection :math:`\Pi` keeps :math:`x'` within `epsilon` of :math:`x` and
     within `bounds`, exactly in every floating-point dtype.
 
     `loss_fn` runs the model as it is given, and should give it in evaluation mode: there a sample's

@@ -26,8 +26,9 @@ def mart_attack(
 ) -> IterativeAttack:
     r"""The attack of MART: PGD on the cross-entropy, from next to the input.
 
-    $$x^0 = x + s\,u, \quad u \sim N(0, I), \qquad
-    x^{k+1} = \Pi\big(x^k - \eta\,\mathrm{sign}\,\nabla_{x^k} \log p_\theta(x^k)_y\big)$$
+    .. math::
+        x^0 = x + s\,u, \quad u \sim N(0, I), \qquad
+        x^{k+1} = \Pi\big(x^k - \eta\,\mathrm{sign}\,\nabla_{x^k} \log p_\theta(x^k)_y\big)
 
     The start is not projected, as in the published code; every later iterate is, exactly in every
     floating-point dtype.
@@ -40,10 +41,10 @@ def mart_attack(
       logits_fn: `logits_fn(params, inputs [B, ...]) -> logits [B, K]`.
       epsilon: Radius of the attack in the maximum norm, in input units; may be traced. The paper
         trains with 8/255.
-      step_size: Length of a step, $\eta$; may be traced. The paper's is 2/255.
+      step_size: Length of a step, :math:`\eta`; may be traced. The paper's is 2/255.
       num_steps: Number of steps. The paper's is 10.
       bounds: Lowest and highest value of an input.
-      start_scale: Standard deviation of the noise at the start, $s$.
+      start_scale: Standard deviation of the noise at the start, :math:`s`.
 
     Returns:
       `attack(params, inputs [B, ...], labels [B], key=None, *, start=None, stop_when=None)
@@ -91,12 +92,13 @@ def mart_attack(
 def mart_loss(logits: jax.Array, adversarial_logits: jax.Array, labels: jax.Array, beta: float = 6.0) -> jax.Array:
     r"""The MART objective.
 
-    $$L = \frac1B \sum_i \big[ -\log q_i(y_i) - \log(1 - q_i(k_i))
-    + \beta\,\mathrm{KL}(p_i\,\|\,q_i)\,(1 - p_i(y_i)) \big], \qquad
-    k_i = \arg\max_{k \ne y_i} q_i(k)$$
+    .. math::
+        L = \frac1B \sum_i \big[ -\log q_i(y_i) - \log(1 - q_i(k_i))
+        + \beta\,\mathrm{KL}(p_i\,\|\,q_i)\,(1 - p_i(y_i)) \big], \qquad
+        k_i = \arg\max_{k \ne y_i} q_i(k)
 
-    with $p$ the softmax of `logits` and $q$ that of `adversarial_logits`. The gradient flows
-    through both, and through the weight $1 - p_i(y_i)$ as well. As in the published code the two
+    with :math:`p` the softmax of `logits` and :math:`q` that of `adversarial_logits`. The gradient flows
+    through both, and through the weight :math:`1 - p_i(y_i)` as well. As in the published code the two
     ones are 1.0001 (so that the logarithm stays finite) and 1.0000001. It is computed in float32 at
     least.
 
@@ -104,7 +106,7 @@ def mart_loss(logits: jax.Array, adversarial_logits: jax.Array, labels: jax.Arra
       logits: Logits on clean inputs [B, K].
       adversarial_logits: Logits on the same inputs, attacked [B, K].
       labels: Integer classes [B].
-      beta: Weight of the divergence, $\beta$; may be traced. The paper's is 6.
+      beta: Weight of the divergence, :math:`\beta`; may be traced. The paper's is 6.
 
     Returns:
       The mean loss, a scalar.

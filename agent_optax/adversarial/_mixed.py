@@ -13,8 +13,9 @@ from agent_optax.adversarial._attack import Attack, check_inputs, check_labels
 def mixed_attack(attack: Attack, *, fraction: float = 0.5) -> Attack:
     r"""Attacks part of each batch and leaves the rest clean.
 
-    $$x'_i = x_i \ (i < B - n), \qquad x'_i = \mathrm{attack}(x_i) \ (i \ge B - n), \qquad
-    n = \mathrm{round}(\mathrm{fraction} \cdot B)$$
+    .. math::
+        x'_i = x_i \ (i < B - n), \qquad x'_i = \mathrm{attack}(x_i) \ (i \ge B - n), \qquad
+        n = \mathrm{round}(\mathrm{fraction} \cdot B)
 
     The clean samples come first and order is kept, so labels need no change; batches should be
     shuffled, as they are in training. The attack sees only the samples that it moves and costs

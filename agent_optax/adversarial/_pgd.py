@@ -33,11 +33,12 @@ def pgd(
 ) -> IterativeAttack:
     r"""Projected gradient descent (PGD) on the input.
 
-    $$x^0 = \Pi(x + u), \quad u \sim U(-\epsilon, \epsilon), \qquad
-    x^{k+1} = \Pi\big(x^k + \eta\,\mathrm{sign}\,\nabla_x \ell(\theta; x^k, y)\big)$$
+    .. math::
+        x^0 = \Pi(x + u), \quad u \sim U(-\epsilon, \epsilon), \qquad
+        x^{k+1} = \Pi\big(x^k + \eta\,\mathrm{sign}\,\nabla_x \ell(\theta; x^k, y)\big)
 
-    with a minus sign when targeted; the projection $\Pi$ keeps every iterate within `epsilon` of
-    $x$ and within `bounds`, exactly in every floating-point dtype. With several restarts the
+    with a minus sign when targeted; the projection :math:`\Pi` keeps every iterate within `epsilon` of
+    :math:`x` and within `bounds`, exactly in every floating-point dtype. With several restarts the
     result is, for each sample, the last iterate of the restart where its loss ends highest (when
     targeted: lowest). Restart r draws its start from `jax.random.fold_in(key, r)`, so the first
     restarts of a longer run are those of a shorter one.
@@ -50,7 +51,7 @@ def pgd(
       loss_fn: `loss_fn(params, inputs [B, ...], labels [B, ...]) -> losses [B]`, one per sample.
       epsilon: Radius of the attack in the maximum norm, in input units; may be traced. The paper
         trains and evaluates with 8/255.
-      step_size: Length of a step, $\eta$; may be traced. The paper's is 2/255.
+      step_size: Length of a step, :math:`\eta`; may be traced. The paper's is 2/255.
       num_steps: Number of steps. The paper trains with 10 and evaluates with 50.
       random_start: Whether to start at a random point of the ball, rather than at the input.
       restarts: Number of random starts.

@@ -27,8 +27,9 @@ def robust_accuracy(
 ) -> jax.Array:
     r"""Accuracy in the worst case over every point that the attack visits.
 
-    $$A = \frac1N \sum_i \min_{x' \in V_i} \mathbf 1[\arg\max f_\theta(x') = y_i], \qquad
-    V_i = \{x_i\} \cup \{x_i^{r,k} : r \text{ a restart}, k \text{ a step}\}$$
+    .. math::
+        A = \frac1N \sum_i \min_{x' \in V_i} \mathbf 1[\arg\max f_\theta(x') = y_i], \qquad
+        V_i = \{x_i\} \cup \{x_i^{r,k} : r \text{ a restart}, k \text{ a step}\}
 
     A sample counts as robust if the model is right on the sample itself, on the start of each
     restart and on each iterate. So A is at most the clean accuracy, and more steps from the same

@@ -26,12 +26,13 @@ def trades_attack(
 ) -> IterativeAttack:
     r"""The attack of TRADES: away from the model's own answer, whatever the label.
 
-    $$x^0 = x + s\,u, \quad u \sim N(0, I), \qquad
-    x^{k+1} = \Pi\big(x^k + \eta\,\mathrm{sign}\,\nabla_{x^k}
-    \mathrm{KL}(p_\theta(x)\,\|\,p_\theta(x^k))\big)$$
+    .. math::
+        x^0 = x + s\,u, \quad u \sim N(0, I), \qquad
+        x^{k+1} = \Pi\big(x^k + \eta\,\mathrm{sign}\,\nabla_{x^k}
+        \mathrm{KL}(p_\theta(x)\,\|\,p_\theta(x^k))\big)
 
     The start is not projected, as in the published code; every later iterate is, exactly in every
-    floating-point dtype. $p_\theta(x)$ is computed once.
+    floating-point dtype. :math:`p_\theta(x)` is computed once.
 
     `logits_fn` runs the model as it is given, and should give it in evaluation mode: there a
     sample's logits do not depend on the rest of the batch, which one gradient for the whole batch
@@ -41,10 +42,10 @@ def trades_attack(
       logits_fn: `logits_fn(params, inputs [B, ...]) -> logits [B, K]`.
       epsilon: Radius of the attack in the maximum norm, in input units; may be traced. The paper
         trains with 8/255.
-      step_size: Length of a step, $\eta$; may be traced. The paper's is 2/255.
+      step_size: Length of a step, :math:`\eta`; may be traced. The paper's is 2/255.
       num_steps: Number of steps. The paper's is 10.
       bounds: Lowest and highest value of an input.
-      start_scale: Standard deviation of the noise at the start, $s$. It must not be 0: at $x$ the
+      start_scale: Standard deviation of the noise at the start, :math:`s`. It must not be 0: at :math:`x` the
         divergence has its minimum and no slope.
 
     Returns:
@@ -98,16 +99,17 @@ def trades_attack(
 def trades_loss(logits: jax.Array, adversarial_logits: jax.Array, labels: jax.Array, beta: float = 6.0) -> jax.Array:
     r"""The TRADES objective.
 
-    $$L = \frac1B \sum_i \big[ -\log p_i(y_i) + \beta\,\mathrm{KL}(p_i\,\|\,q_i) \big]$$
+    .. math::
+        L = \frac1B \sum_i \big[ -\log p_i(y_i) + \beta\,\mathrm{KL}(p_i\,\|\,q_i) \big]
 
-    with $p$ the softmax of `logits` and $q$ that of `adversarial_logits`. The gradient flows
+    with :math:`p` the softmax of `logits` and :math:`q` that of `adversarial_logits`. The gradient flows
     through both. It is computed in float32 at least.
 
     Args:
       logits: Logits on clean inputs [B, K].
       adversarial_logits: Logits on the same inputs, attacked [B, K].
       labels: Integer classes [B].
-      beta: Weight of the divergence, $\beta$; may be traced. The paper's is 6.
+      beta: Weight of the divergence, :math:`\beta`; may be traced. The paper's is 6.
 
     Returns:
       The mean loss, a scalar.
