@@ -9,11 +9,12 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test docs lint format clean
 
 help:
 	@echo "make quickstart   run examples/quickstart.py"
 	@echo "make test         run the tests and the examples in docstrings"
+	@echo "make docs         build the pages into docs/_build/html, running the notebooks"
 	@echo "make lint         ruff (lint and format) and pyright, changing nothing"
 	@echo "make format       let ruff mend what it can"
 	@echo "make clean        remove .venv and the caches"
@@ -23,6 +24,9 @@ quickstart: .venv/.installed-examples
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+docs: .venv/.installed-docs
+	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html $(ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ format: .venv/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv docs/_build .pytest_cache .ruff_cache .hypothesis build dist
 
 # One empty file for each set of extras that is installed: newer than pyproject.toml, nothing is to do.
 .venv/.installed-%: pyproject.toml | .venv/bin/python
