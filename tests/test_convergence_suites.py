@@ -6,10 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 import scipy.stats
+
+import agent_optax
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -146,3 +149,43 @@ def test_the_same_seed_visits_the_same_images():
     fixed.start_epoch(1)
     after = {i: tuple(b) for i, b in zip(fixed.batch_index, fixed.batches, strict=True)}
     assert before == after and list(before) != list(after)
+
+
+def corrected_by(coefficient, epochs):
+    """Coefficients [E, T] over epochs of (grads [T, D], old_grads [T, D]); each begins with a mean gradient of 0."""
+    tx = agent_optax.correct_gradients(agent_optax.snapshot(), coefficient, scaling=1.0)
+    params = jnp.zeros(epochs[0][0].shape[1])
+    state, used = tx.init(params), []
+    for grads, old_grads in epochs:
+        state = agent_optax.refresh(lambda params, batch: jnp.sum(params * batch), params, state, jnp.zeros((1, 1)))
+        for new, old in zip(grads, old_grads, strict=True):
+            state = tx.update(jnp.asarray(new), state, params, old_grads=jnp.asarray(old))[1]
+            used.append(float(agent_optax.diagnostics(state)["correlation"]))
+    return np.array(used).reshape(len(epochs), -1)
+
+
+def test_coefficient_by_position_is_the_slope_of_the_same_part_of_the_epoch_before():
+    rng = np.random.default_rng(0)
+    old_grads = rng.normal(size=(2, 16, 3)).astype(np.float32)
+    grads = np.linspace(0.9, 0.1, 16, dtype=np.float32)[:, None] * old_grads  # worth less the further from the snapshot
+    epochs = [(new + 0.1, old) for new, old in zip(grads, old_grads, strict=True)]
+    used = corrected_by(load("coefficients").ByPosition(steps_an_epoch=16, parts=4), epochs)
+    new, old = (np.reshape(array, (4, 12)) for array in epochs[0])
+    slopes = np.sum(new * old, axis=1) / np.sum(old**2, axis=1)
+    np.testing.assert_allclose(used[1].reshape(4, 4).T, np.broadcast_to(slopes, (4, 4)), rtol=1e-4)
+    assert np.all(np.diff(slopes) < 0)
+
+
+def test_bias_aware_coefficient_is_covariance_over_variance_and_squared_bias():
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(400, 5)).astype(np.float32)
+    bias = np.array([2, 0, 0, 0, 0], np.float32)
+    new, old = 0.8 * noise + 3 * bias, noise + bias  # means that have nothing to do with the noise
+    used = corrected_by(load("coefficients").BiasAware(), [(new, old)])[0, -1]
+    weights = 0.98 ** np.arange(399, -1, -1.0)
+    weights /= weights.sum()
+    new_mean, old_mean = weights @ new, weights @ old
+    covariance = weights @ np.sum((new - new_mean) * (old - old_mean), axis=1)
+    variance = weights @ np.sum((old - old_mean) ** 2, axis=1)
+    assert used == pytest.approx(covariance / (variance + np.sum(old_mean**2)), abs=1e-4)
+    assert 0.3 < used < 0.6  # 0.8 * 5 / (5 + 4) in expectation; the plain slope would be clipped to 1

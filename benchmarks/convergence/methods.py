@@ -9,6 +9,7 @@ from typing import Any, Literal
 import optax
 
 import agent_optax
+from convergence.coefficients import BiasAware, ByPosition
 from convergence.setting import Setting
 
 LOSS_PASS = 1 / 3  # a forward pass, in gradient evaluations
@@ -92,6 +93,15 @@ def losses(smoothing: float):
 def fixed(c: float):
     """A constant as a function of the setting."""
     return lambda setting: agent_optax.constant(c)
+
+
+def _by_position(setting: Setting) -> ByPosition:
+    return ByPosition(setting.steps_an_epoch)
+
+
+def _bias_aware(setting: Setting) -> BiasAware:
+    del setting
+    return BiasAware()
 
 
 def _snapshot_method(coefficient, scaling: float = 1.0, **changes) -> Method:
@@ -186,5 +196,10 @@ METHODS: dict[str, Method] = {
     "gradient regression, refresh where the ratio is above 0.5": _snapshot_method(
         regression(), refresh_at=(0, 1), refresh_above=0.5
     ),
+    # Coefficients that are not in the library.
+    "gradient regression by position": _snapshot_method(_by_position),
+    "cached, by position": _cached_method(_by_position),
+    "bias-aware regression": _snapshot_method(_bias_aware, storage="dense"),
+    # Under attack.
     "gradient regression, attacked mean": _snapshot_method(regression(), attacks_refresh=True),
 }

@@ -17,6 +17,7 @@ ADVERSARIAL = Suite(
                 "gradient regression",
                 "gradient regression, γ 0.1",
                 "gradient regression, attacked mean",
+                "bias-aware regression",
                 "SGD, 2x batch",
             ),
         ),

@@ -18,6 +18,7 @@ TUNING = Suite(
                 "gradient regression, decay 0.8",
                 "gradient regression, decay 0.95",
                 "gradient regression, a leaf each",
+                "gradient regression by position",
                 "gradient regression, refresh after the topology update",
                 "gradient regression, two refreshes an epoch",
                 "gradient regression, cached",
