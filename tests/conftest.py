@@ -1,6 +1,8 @@
 """What every test shares: JAX on the CPU, double precision on request, the golden numbers."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Many tests, and the programs that some of them start, compile the same: what one has compiled, the others load. The
+# first process of a session makes the folder, and those that it starts find its name in their environment.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(
+    prefix=f"agent_optax_tests_{os.getpid()}_"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -20,6 +29,13 @@ GOLDEN = Path(__file__).parent / "golden"
 # The first call of a jitted function compiles, which no deadline for an example allows for.
 hypothesis.settings.register_profile("jax", deadline=None)
 hypothesis.settings.load_profile("jax")
+
+
+def pytest_unconfigure() -> None:
+    """At the end of the session."""
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if f"agent_optax_tests_{os.getpid()}_" in cache:
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture

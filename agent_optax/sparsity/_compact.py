@@ -167,7 +167,7 @@ def compact_update(
     """One step. `state.topology_step` already counts it."""
     inner = optimizer.inner
     active: CompactActive = state.active_weights
-    positions = active.indices
+    positions = _apart(active.indices, state.topology_step)
     gathered = {name: _gathered_like(arg, params, active) for name, arg in extra_args.items()}
     if active.is_uncorrected is not None and gathered.get("old_grads") is not None:
         # The mean gradient at a grown weight starts at zero; with an old gradient of zero it is not corrected.
@@ -187,15 +187,28 @@ def compact_update(
 
         def body(carry: tuple[SparsifyState, Any, Any]) -> tuple[SparsifyState, Any, Any]:
             state, pruned, positions = carry
-            return (*_rewire(optimizer, state, pruned, params, grads), positions)
+            new_positions = _apart(positions, state.topology_step)
+            return (*_rewire(optimizer, state, pruned, params, grads), new_positions)
 
         pruned = jax.tree.map(lambda i, u: i if is_masked(i) else u, positions, updates, is_leaf=is_masked)
-        # The positions of this step go through the loop as they are: used beside it, they would be copied twice.
+        # The positions of this step go through the loop beside those that it changes: see `_apart`.
         due = jnp.any(optimizer.layers_due(state.topology_step, len(jax.tree.leaves(positions))))
         state, pruned, positions = when(due, body, (state, pruned, positions))
         updates = jax.tree.map(lambda p, u: u if is_masked(p) else p, pruned, updates, is_leaf=is_masked)
     sparse = jax.tree.map(lambda i, u: u if is_masked(i) else SparseUpdate(i, u), positions, updates, is_leaf=is_masked)
     return sparse, state
+
+
+def _apart(indices: Any, step: jax.Array) -> Any:
+    """Equal indices, in arrays of their own.
+
+    The update is at the old positions, also when a topology update has changed those in the state: the loop around it
+    must leave them alone. XLA would copy them, one core copying twice, for it keeps old and new in one array until the
+    end. That an addition adds zero it does not know: so the sum is one more array from the start, computed on all
+    cores, and both go through the loop in place.
+    """
+    zero = jnp.minimum(step, 0)
+    return jax.tree.map(lambda i: i + zero, indices)
 
 
 def _gathered_like(arg: Any, params: optax.Params, active: CompactActive) -> Any:
