@@ -1,6 +1,6 @@
 """Accuracy of corrected gradients against other methods, in suites that follow the tables and figures of the paper.
 
-    python benchmarks/convergence.py --suite r9                # the main table, under four minutes on two cores
+    python benchmarks/convergence.py --suite r9                # the main table, about four minutes on two cores
     python benchmarks/convergence.py --suite ablations --seeds 4
     python benchmarks/convergence.py --suite all --smoke       # that everything runs, in seconds
 
