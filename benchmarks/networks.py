@@ -12,12 +12,16 @@ import optax
 NUM_INPUTS, NUM_CLASSES = 784, 10
 
 
-def mlp_params(num_params: int, seed: int = 0) -> dict[str, dict[str, jax.Array]]:
-    """Three hidden layers of equal width, with about `num_params` weights, He initialisation."""
-    width = 1
-    while NUM_INPUTS * width + 2 * width * width + width * NUM_CLASSES < num_params:
-        width += 1
-    sizes = [NUM_INPUTS, width, width, width, NUM_CLASSES]
+def mlp_params(num_params: int, seed: int = 0, multiple_of: int = 1) -> dict[str, dict[str, jax.Array]]:
+    """Hidden layers of equal width, with about `num_params` weights, He initialisation.
+
+    Three of them; one below 100,000 weights, where it matters how fast a smoke test compiles.
+    """
+    num_hidden = 3 if num_params >= 100_000 else 1
+    width = multiple_of
+    while NUM_INPUTS * width + (num_hidden - 1) * width * width + width * NUM_CLASSES < num_params:
+        width += multiple_of
+    sizes = [NUM_INPUTS, *[width] * num_hidden, NUM_CLASSES]
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     return {
         f"dense_{i}": {

@@ -6,16 +6,15 @@ python benchmarks/topology_update.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from interleaved import interleaved_seconds, median_ratio
+from interleaved import interleaved_seconds, median_ratio, write_report
 from networks import mlp_params
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +29,16 @@ class Config:
     num_params: int = 5_000_000
     sparsity: float = 0.9
     drop_fraction: float = 0.3
+    storages: tuple[Literal["dense", "compact"], ...] = ("dense", "compact")
     rounds: int = 5
     output: Path | None = None  # where the JSON goes
+    smoke: bool = False  # a tiny network, one round: to see that it runs
+
+    def completed(self) -> Config:
+        """With the sizes of a smoke test where one is asked for."""
+        if not self.smoke:
+            return self
+        return dataclasses.replace(self, num_params=5000, storages=("compact",), rounds=1)
 
 
 def sorted_mask(scores: jax.Array, k: int) -> jax.Array:
@@ -76,6 +83,7 @@ def whole_step(topology: Any, storage: str, params: Any, grads: Any, config: Con
 
 def main(config: Config) -> None:
     """Prints two tables: selection alone, and whole optimizer steps with a topology update; writes JSON."""
+    config = config.completed()
     params = {name: layer["kernel"] for name, layer in mlp_params(config.num_params).items()}
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     masks = jax.tree.map(lambda p: jax.random.uniform(jax.random.key(2), p.shape) > config.sparsity, params)
@@ -83,7 +91,7 @@ def main(config: Config) -> None:
     steps: dict[str, Any] = {
         name: (lambda rewire=rewire: rewire(params, masks, grads)) for name, rewire in selections.items()
     }
-    for storage in ("dense", "compact"):
+    for storage in config.storages:
         steps[f"step with SET update, {storage}"] = whole_step(agent_optax.set_(1), storage, params, grads, config)
         steps[f"step with RigL update, {storage}"] = whole_step(agent_optax.rigl(1), storage, params, grads, config)
     seconds = interleaved_seconds(steps, config.rounds, warmup=1)
@@ -102,9 +110,7 @@ def main(config: Config) -> None:
     for row in rows:
         table.add_row(row["step"], f"{row['ms']:.1f}", f"{row['argsort_over_this']:.1f}")
     Console(width=120).print(table)
-    if config.output:
-        report = {"device": str(jax.devices()[0]), "jax": jax.__version__, "rows": rows}
-        config.output.write_text(json.dumps(report, indent=1))
+    write_report(config.output, config, rows)
 
 
 if __name__ == "__main__":
