@@ -167,7 +167,9 @@ def compact_update(
     """One step. `state.topology_step` already counts it."""
     inner = optimizer.inner
     active: CompactActive = state.active_weights
-    positions = _apart(active.indices, state.topology_step)
+    positions = active.indices
+    if not optimizer.topology.is_static:
+        positions = _apart(positions, state.topology_step)
     gathered = {name: _gathered_like(arg, params, active) for name, arg in extra_args.items()}
     if active.is_uncorrected is not None and gathered.get("old_grads") is not None:
         # The mean gradient at a grown weight starts at zero; with an old gradient of zero it is not corrected.

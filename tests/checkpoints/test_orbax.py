@@ -1,6 +1,8 @@
 """Everything a run needs is in the state: saved with orbax and restored, it goes on bit for bit."""
 
 import functools
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ NAMES = [
     "sparsify-compact-rigl-history",
     "sparsify-compact-rigl-mars",
 ]
+
+# What orbax leaves behind when it refuses to restore complains when it is collected: here, not in another test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def like(tree: Any) -> Any:
