@@ -62,6 +62,8 @@ def join(config: Config) -> None:
             "--coordinator, --num-processes and --process-id go together, "
             f"got {config.coordinator}, {config.num_processes}, {config.process_id}"
         )
+    # On a CPU, programs that run beside each other meet their other halves in any order, and may wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     timeout = {"heartbeat_timeout_seconds": config.heartbeat_timeout}
     if config.coordinator is not None:
         jax.distributed.initialize(*given, **timeout)
@@ -155,6 +157,10 @@ def train(config: Config) -> None:
     def accuracy(params: Any, images: Any, labels: Any) -> jax.Array:
         return jnp.mean(jnp.argmax(logits_of(params, images), -1) == labels)
 
+    @jax.jit
+    def describe(opt_state: Any, params: Any) -> Any:
+        return agent_optax.diagnostics(opt_state), agent_optax.active_masks(opt_state, params)
+
     params = init_params(jax.random.key(config.seed), data.train_images.shape[1], mesh)
     opt_state = tx.init(params)  # not under jit: there the compiler would not know which zeros to split, and where
     opt_state = jax.tree.map(lambda leaf: on_all_devices(leaf, mesh), opt_state)
@@ -175,8 +181,8 @@ def train(config: Config) -> None:
         opt_state = agent_optax.refresh(loss_fn, params, opt_state, global_batches(data, config, epoch, mesh))
         for batch in global_batches(data, config, epoch, mesh):
             params, opt_state, value = step(params, opt_state, batch)
-        report = agent_optax.diagnostics(opt_state)
-        masks = digest(agent_optax.active_masks(opt_state, params), mesh)
+        report, masks = describe(opt_state, params)
+        masks = digest(masks, mesh)
         print(
             f"process {jax.process_index()}: epoch {epoch + 1}: loss {value:.6f}, "
             f"test accuracy {100 * accuracy(params, data.test_images, data.test_labels):.2f}%, "
