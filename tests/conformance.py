@@ -268,7 +268,9 @@ COMPACT = {"storage": "compact"}  # a gather from all devices, which explicit sh
 NOT_COMPACT = ("muon", "adafactor")  # they work on whole matrices
 
 PRODUCTS = [
-    Product("sparsify", {}, ("static", "set_", "rigl"), tuple(INNER)),
+    Product("sparsify", {}, ("rigl",), tuple(INNER)),
+    # What the inner optimizer does to its state is one matter, how weights are chosen another.
+    Product("sparsify", {}, ("static", "set_"), ("momentum", "adam", "agent")),
     Product("sparsify", {}, ("set_itop", "rigl_itop"), ("momentum",)),
     Product(
         "sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in NOT_COMPACT), takes_sharded=False

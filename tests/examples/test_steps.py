@@ -107,9 +107,8 @@ def test_losses_of_the_objectives_differ_as_they_should(data):
 @pytest.mark.parametrize(
     ("memory", "coefficient", "topology", "storage"),
     [
-        ("snapshot", "scheduled", "static", "dense"),
         ("cached_snapshot", "gradient_regression", "rigl", "compact"),
-        ("recursion", "constant", "static", "dense"),
+        ("recursion", "scheduled", "static", "dense"),
         ("table", "gradient_regression", "static", "dense"),
         ("history", "loss_regression", "static", "compact"),
     ],
