@@ -14,6 +14,9 @@ import pytest
 from conformance import CASES, TYPICAL_CASES, Case, initial_params, jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import agent_optax
+
+GATHERS = r"all-gather|all-to-all|collective-permute"
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 
@@ -98,4 +101,17 @@ else:
             opt_state = jax.jit(tx.init)(params)
             program = jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
         assert "all-reduce" in program
-        assert not re.search(r"all-gather|all-to-all|collective-permute", program)
+        assert not re.search(GATHERS, program)
+
+    @pytest.mark.parametrize(
+        "pattern", [agent_optax.n_m(2, 4), agent_optax.blocks((2, 2)), agent_optax.output_channels()]
+    )
+    def test_tiles_that_lie_on_one_device_are_not_gathered(pattern: Any, mesh: jax.sharding.Mesh) -> None:
+        sparsity = None if pattern.density else 0.5
+        tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.rigl(update_every=1), sparsity=sparsity, pattern=pattern)
+        with set_mesh(mesh):
+            rows = NamedSharding(mesh, PartitionSpec("x", None))
+            params = jax.device_put(jax.random.normal(jax.random.key(0), (32, 6)), rows)
+            opt_state = jax.jit(tx.init)(params)
+            program = jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
+        assert not re.search(GATHERS, program)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._selection import random_scores, select
+from agent_optax.sparsity._tiles import join_axes, split_axis
 from agent_optax.sparsity._topology import Layer
 
 Reduce = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -139,14 +140,14 @@ class Blocks(Pattern):
 
     def entries(self, mask: jax.Array, like: jax.Array) -> jax.Array:
         """Each entry as its block."""
-        for axis, b in enumerate(self.block(like.shape)):
-            mask = jnp.repeat(mask, b, axis, total_repeat_length=like.shape[axis])
-        return mask
+        tiled = self._tiled(jnp.zeros_like(like, dtype=bool))
+        return join_axes(tiled | jnp.expand_dims(mask, self._axes(like.ndim)), like)
 
     def _tiled(self, x: jax.Array) -> jax.Array:
         """[n0/b0, b0, n1/b1, b1, ...]."""
-        tiles = [k for n, b in zip(x.shape, self.block(x.shape), strict=True) for k in (n // b, b)]
-        return x.reshape(tiles)
+        for axis, b in reversed(list(enumerate(self.block(x.shape)))):
+            x = split_axis(x, axis, b)
+        return x
 
     @staticmethod
     def _axes(ndim: int) -> tuple[int, ...]:

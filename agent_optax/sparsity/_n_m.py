@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from agent_optax._validation import check_positive_int
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._selection import random_scores, select
+from agent_optax.sparsity._tiles import join_axes, split_axis
 from agent_optax.sparsity._topology import Layer
 
 INPUT_AXIS = -2  # of the kernels of Flax: (..., inputs, outputs)
@@ -63,7 +64,7 @@ class Groups:
 
     def best(self, scores: jax.Array, first: jax.Array) -> jax.Array:
         """The n entries of each group that come first: those of `first`, then by falling score, then by position."""
-        scores, first = self._split(scores), self._split(first)
+        like, scores, first = first, self._split(scores), self._split(first)
 
         def count(j: jax.Array, before: jax.Array) -> jax.Array:
             """Adds to `before` where entry j comes before an entry."""
@@ -73,8 +74,8 @@ class Groups:
             is_better = (other > scores) | ((other == scores) & (j < position))
             return before + ((other_first & ~first) | ((other_first == first) & is_better))
 
-        before = jax.lax.fori_loop(0, self.m, count, jnp.zeros(scores.shape, jnp.int32))
-        return self._joined(before < self.n)
+        before = jax.lax.fori_loop(0, self.m, count, jnp.zeros_like(scores, dtype=jnp.int32))
+        return join_axes(before < self.n, like)
 
     def filled(self, scores: jax.Array, kept: jax.Array) -> jax.Array:
         """The kept entries, at most n of a group, and those of largest score up to n."""
@@ -85,12 +86,7 @@ class Groups:
         return jnp.all(jnp.sum(self._split(mask), axis=INPUT_AXIS) == self.n)
 
     def _split(self, x: jax.Array) -> jax.Array:
-        *lead, inputs, outputs = x.shape
-        return x.reshape(*lead, inputs // self.m, self.m, outputs)
-
-    def _joined(self, x: jax.Array) -> jax.Array:
-        *lead, groups, m, outputs = x.shape
-        return x.reshape(*lead, groups * m, outputs)
+        return split_axis(x, INPUT_AXIS, self.m)
 
 
 @dataclasses.dataclass(frozen=True)
