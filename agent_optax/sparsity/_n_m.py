@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -62,6 +63,7 @@ class Groups:
     n: int
     m: int
 
+    @functools.partial(jax.jit, inline=True)
     def best(self, scores: jax.Array, first: jax.Array) -> jax.Array:
         """The n entries of each group that come first: those of `first`, then by falling score, then by position."""
         like, scores, first = first, self._split(scores), self._split(first)

@@ -47,6 +47,7 @@ def select(scores: jax.Array, k: int | jax.Array, candidates: jax.Array | None =
     return select_jointly([scores], k, None if candidates is None else [candidates])[0]
 
 
+@functools.partial(jax.jit, inline=True)  # else `init` outside any jit would compile loops anew each time
 def select_jointly(
     scores: Sequence[jax.Array], k: int | jax.Array, candidates: Sequence[jax.Array] | None = None
 ) -> list[jax.Array]:
