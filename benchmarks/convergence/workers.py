@@ -81,7 +81,9 @@ def _run_in_processes(todo: list[Job], workers: int, finish: Callable[[Job, list
     for i in range(workers):
         cores.put(available[i % len(available)] if available else None)
     # One thread a process: two processes with a core each leave no core waiting, as threads of small products would.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1"
+    )
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_take_core, initargs=(cores,)) as pool:
         pending = {pool.submit(train, *job): job for job in todo}
         for future in concurrent.futures.as_completed(pending):

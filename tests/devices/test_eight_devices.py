@@ -106,27 +106,36 @@ def shardings_like(params: optax.Params, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def train(tx: Any, params: optax.Params, batches: Any) -> tuple[optax.Params, optax.OptState, list[jax.Array]]:
+def begin(tx: Any, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
+    # Under automatic sharding the compiler does not know that zeros belong to a parameter: it has to be told.
+    mesh = jax.typeof(params["hidden"]["kernel"]).sharding.mesh
+    is_automatic = AxisType.Auto in mesh.axis_types
+    like = {"out_shardings": shardings_like(params, jax.eval_shape(tx.init, params))} if is_automatic else {}
+    opt_state = jax.jit(tx.init, **like)(params)
+    return jax.jit(agent_optax.mask_params)(params, opt_state), opt_state
+
+
+def go_on(
+    tx: Any, params: optax.Params, opt_state: optax.OptState, batches: Any, epochs: int
+) -> tuple[optax.Params, optax.OptState, list[jax.Array]]:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, opt_state: Any, batch: Any, index: Any) -> Any:
         (value, grads), extras = agent_optax.value_and_grads(loss_fn)(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, batch_index=index, **extras)
         return optax.apply_updates(params, updates), opt_state, value
 
-    # Under automatic sharding the compiler does not know that zeros belong to a parameter: it has to be told.
-    mesh = jax.typeof(params["hidden"]["kernel"]).sharding.mesh
-    is_automatic = AxisType.Auto in mesh.axis_types
-    like = {"out_shardings": shardings_like(params, jax.eval_shape(tx.init, params))} if is_automatic else {}
-    opt_state = jax.jit(tx.init, **like)(params)
-    params = jax.jit(agent_optax.mask_params)(params, opt_state)
     values = []
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         if optax.tree_utils.tree_get(opt_state, "snapshot") is not None:
             opt_state = agent_optax.refresh(loss_fn, params, opt_state, batches)
         for i in range(NUM_BATCHES):
             params, opt_state, value = step(params, opt_state, jax.tree.map(lambda x, i=i: x[i], batches), i)
             values.append(value)
     return params, opt_state, values
+
+
+def train(tx: Any, params: optax.Params, batches: Any) -> tuple[optax.Params, optax.OptState, list[jax.Array]]:
+    return go_on(tx, *begin(tx, params), batches, EPOCHS)
 
 
 @functools.cache
@@ -188,19 +197,18 @@ else:
         assert float(values[-1]) < float(values[0])
         assert int(agent_optax.diagnostics(opt_state)["num_topology_updates"]) == EPOCHS * NUM_BATCHES // UPDATE_EVERY
         np.testing.assert_allclose(values, expected_values, rtol=1e-5)
-        # Sums over samples are added up in another order: rounding differs, and no choice of weights may.
-        for actual, expected in zip(
-            jax.tree.leaves(jax.device_get((params, opt_state))),
-            jax.tree.leaves((expected_params, expected_state)),
-            strict=True,
-        ):
-            if np.issubdtype(expected.dtype, np.floating):
-                np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6)
-            else:
-                np.testing.assert_array_equal(actual, expected)
+        assert_close(jax.device_get((params, opt_state)), (expected_params, expected_state))
         for p in jax.tree.leaves(params):
             assert p.sharding.is_equivalent_to(NamedSharding(mesh, layout.of_params), p.ndim)
         follows_parameters(params, opt_state)
+
+    def assert_close(actual: Any, expected: Any) -> None:
+        """Sums over samples are added up in another order: rounding differs, and no choice of weights may."""
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            if np.issubdtype(e.dtype, np.floating):
+                np.testing.assert_allclose(a, e, rtol=1e-4, atol=2e-6)
+            else:
+                np.testing.assert_array_equal(a, e)
 
     def follows_parameters(params: Any, opt_state: Any) -> None:
         expected = shardings_like(params, opt_state)
@@ -228,26 +236,37 @@ else:
             assert 0 < moved["all-reduce"] < 256  # the smallest kernel has 2048
 
     @pytest.mark.parametrize("name", ["saga-set_", "agent-rigl-compact"])
-    def test_a_checkpoint_is_restored_to_another_layout(name: str, tmp_path: Path) -> None:
+    def test_training_goes_on_from_a_checkpoint_in_another_layout(name: str, tmp_path: Path) -> None:
         """Written with parameters split over eight devices, read by two, by one, and whole on each of eight."""
-        params = initial_params()
-        structure = (params, jax.eval_shape(OPTIMIZERS[name]().init, params))
-        rng = np.random.default_rng(0)
-        expected = jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), structure)
-        split = shardings_like(place(params, mesh_of(AUTO), SHARDED), structure)
+        expected = on_one_device(name)[:2]
+        structure = (initial_params(), jax.eval_shape(OPTIMIZERS[name]().init, initial_params()))
+
+        def in_layout(num_devices: int, spec: PartitionSpec) -> tuple[Any, Any]:
+            mesh = jax.make_mesh((num_devices,), ("data",), (AUTO,), devices=jax.devices()[:num_devices])
+            params = place(initial_params(), mesh, spec)
+            return params, place(all_batches(), mesh, PartitionSpec(None, "data"))
+
+        params, batches = in_layout(8, SHARDED)
+        tx = OPTIMIZERS[name]()
+        params, opt_state, _ = go_on(tx, *begin(tx, params), batches, EPOCHS - 1)
+        written = jax.device_get((params, opt_state))
         with ocp.CheckpointManager(tmp_path) as manager:
-            manager.save(0, args=ocp.args.StandardSave(jax.device_put(expected, split)))
+            manager.save(0, args=ocp.args.StandardSave((params, opt_state)))
             manager.wait_until_finished()
             for num_devices, spec in [(2, SHARDED), (1, WHOLE), (8, WHOLE)]:
-                mesh = jax.make_mesh((num_devices,), ("data",), (AUTO,), devices=jax.devices()[:num_devices])
-                wanted = shardings_like(place(params, mesh, spec), structure)
+                params, batches = in_layout(num_devices, spec)
                 target = jax.tree.map(
-                    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), structure, wanted
+                    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                    structure,
+                    shardings_like(params, structure),
                 )
                 restored = manager.restore(0, args=ocp.args.StandardRestore(target))
-                jax.tree.map(np.testing.assert_array_equal, restored, expected)
+                jax.tree.map(np.testing.assert_array_equal, restored, written)
                 assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {num_devices}
                 follows_parameters(*restored)
+                params, opt_state, _ = go_on(OPTIMIZERS[name](), *restored, batches, 1)
+                assert_close(jax.device_get((params, opt_state)), expected)
+                follows_parameters(params, opt_state)
 
     def test_counting_bytes() -> None:
         """The count sees a collective of whole tensors where there is one."""
