@@ -268,6 +268,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     whole = on_many[0]["whole_array_bytes"]
     by_bytes.axhline(whole, color="grey", linestyle="--", linewidth=0.8, label="one array of scores")
     by_bytes.set(xscale="log", yscale="symlog", xlabel="devices", ylabel="bytes sent by a device", title="on the wire")
+    by_bytes.set_ylim(bottom=0)
     by_bytes.set_xticks(sorted({r["devices"] for r in on_many}))
     for axes in (by_devices, by_bytes):
         axes.xaxis.set_major_formatter("{x:g}")
