@@ -237,7 +237,7 @@ else:
 
     @pytest.mark.parametrize("name", ["saga-set_", "agent-rigl-compact"])
     def test_training_goes_on_from_a_checkpoint_in_another_layout(name: str, tmp_path: Path) -> None:
-        """Written with parameters split over eight devices, read by two, by one, and whole on each of eight."""
+        """Written with parameters split over eight devices, read by two and by one."""
         expected = on_one_device(name)[:2]
         structure = (initial_params(), jax.eval_shape(OPTIMIZERS[name]().init, initial_params()))
 
@@ -253,7 +253,7 @@ else:
         with ocp.CheckpointManager(tmp_path) as manager:
             manager.save(0, args=ocp.args.StandardSave((params, opt_state)))
             manager.wait_until_finished()
-            for num_devices, spec in [(2, SHARDED), (1, WHOLE), (8, WHOLE)]:
+            for num_devices, spec in [(2, SHARDED), (1, WHOLE)]:
                 params, batches = in_layout(num_devices, spec)
                 target = jax.tree.map(
                     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
