@@ -14,7 +14,8 @@ DECAY = 0.98  # of averages over steps, as in gradient_regression
 
 
 def _inner(first: Any, second: Any) -> jax.Array:
-    return sum(map(jnp.vdot, jax.tree.leaves(first), jax.tree.leaves(second)), start=jnp.zeros(()))
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)  # not vdot: compact storage refuses its reshape
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
 def _deviations(grads: optax.Updates, recalled: Any) -> tuple[optax.Updates, optax.Updates]:
