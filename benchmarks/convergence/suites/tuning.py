@@ -32,6 +32,11 @@ TUNING = Suite(
                 "table, c = 1 (SAGA)",
             ),
         ),
+        Case(
+            "R9 with RigL",  # whose growth the table answers with the age of each entry
+            Setting(topology="rigl", averages=True),
+            ("SGD", "gradient regression", "gradient regression, cached", "table, gradient regression"),
+        ),
     ),
     table=costs_and_accuracy,
     smoke_methods=("SGD", "gradient regression"),
