@@ -39,11 +39,16 @@ def batches(num_batches: int, batch_size: int, seed: int = 1) -> tuple[jax.Array
     return inputs, jax.random.randint(labels_key, (num_batches, batch_size), 0, NUM_CLASSES)
 
 
-def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Mean cross-entropy."""
-    x, labels = batch
+def logits(params: Any, x: jax.Array) -> jax.Array:
+    """Of a batch of inputs."""
     for i in range(len(params)):
         layer = params[f"dense_{i}"]
         x = x @ layer["kernel"] + layer["bias"]
         x = jax.nn.relu(x) if i < len(params) - 1 else x
-    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+    return x
+
+
+def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean cross-entropy."""
+    inputs, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, inputs), labels).mean()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 import sklearn.datasets
 import tyro
-from interleaved import write_report
-from networks import loss_fn, mlp_params
-from overhead import momentum, start
+from convergence.comparison import later_half, paired_difference
+from interleaved import interleaved_seconds, write_report
+from networks import logits, loss_fn, mlp_params
+from overhead import momentum, optimizer_step, start
 from rich.console import Console
 from rich.table import Table
 
@@ -62,40 +60,17 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def optimizer_step(tx: optax.GradientTransformationExtraArgs, params: Any) -> Callable[[], Any]:
-    """A closure that takes one donated optimizer step with fixed gradients."""
-    grads = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), params)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, opt_state: Any, grads: Any) -> Any:
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    held = list(start(tx, params))
-
-    def run() -> Any:
-        held[:] = step(*held, grads)
-        return held
-
-    return run
-
-
 def times(config: Config) -> list[dict[str, Any]]:
     """The largest and the median step of an interval, medians over intervals; all optimizers step side by side."""
     params = mlp_params(config.num_params)
     rigl = agent_optax.rigl(update_every=config.update_every)
-    steps = {"sgd": optimizer_step(momentum(), params)}
+    txs = {"sgd": momentum()}
     for storage in config.storages:
         for stagger in (False, True):
             tx = agent_optax.sparsify(momentum(), rigl, sparsity=config.sparsity, storage=storage, stagger=stagger)
-            steps[f"RigL, {storage}{', stagger' if stagger else ''}"] = optimizer_step(tx, params)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range((config.intervals + 1) * config.update_every):
-        for name, run in steps.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn >= config.update_every:
-                seconds[name].append(time.perf_counter() - begin)
+            txs[f"RigL, {storage}{', stagger' if stagger else ''}"] = tx
+    steps = {name: optimizer_step(tx, start(tx, params)) for name, tx in txs.items()}
+    seconds = interleaved_seconds(steps, config.intervals * config.update_every, warmup=config.update_every)
     rows = []
     for name in steps:
         intervals = 1e3 * np.asarray(seconds[name]).reshape(config.intervals, config.update_every)
@@ -140,14 +115,6 @@ def digits_params(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
     return params
 
 
-def logits(params: Any, x: jax.Array) -> jax.Array:
-    """Of a batch of images."""
-    for i in range(len(params)):
-        x = x @ params[f"dense_{i}"]["kernel"] + params[f"dense_{i}"]["bias"]
-        x = jax.nn.relu(x) if i < len(params) - 1 else x
-    return x
-
-
 def train(seed: jax.Array, stagger: bool, config: Config, data: Digits) -> tuple[jax.Array, jax.Array]:
     """Test accuracy after each epoch, and R_s, the share of weights that were ever active, in percent.
 
@@ -188,11 +155,6 @@ def train(seed: jax.Array, stagger: bool, config: Config, data: Digits) -> tuple
     return accuracy, 100 * agent_optax.diagnostics(opt_state)["exploration_rate"]
 
 
-def half_interval(differences: np.ndarray) -> float:
-    """Half of the 95% interval of the mean of paired differences."""
-    return float(scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences))
-
-
 def digits(config: Config) -> list[dict[str, Any]]:
     """Accuracy over the second half of the epochs and R_s, with and without, and their paired difference."""
     data = load_digits()
@@ -200,19 +162,19 @@ def digits(config: Config) -> list[dict[str, Any]]:
     for stagger in (False, True):
         run = functools.partial(train, stagger=stagger, config=config, data=data)
         accuracy, explored = jax.jit(jax.vmap(run))(jnp.arange(config.seeds))
-        second_half = np.asarray(accuracy)[:, config.epochs // 2 :].mean(axis=1)
-        values[stagger] = {"accuracy": second_half, "explored": np.asarray(explored)}
+        values[stagger] = {"accuracy": later_half(np.asarray(accuracy)), "explored": np.asarray(explored)}
     rows = []
     for quantity in ("accuracy", "explored"):
         at_once, staggered = (values[stagger][quantity] for stagger in (False, True))
+        difference = paired_difference(staggered, at_once)
         rows.append(
             {
                 "table": "digits",
                 "quantity": quantity,
                 "at_once": float(at_once.mean()),
                 "stagger": float(staggered.mean()),
-                "difference": float((staggered - at_once).mean()),
-                "half_interval": half_interval(staggered - at_once),
+                "difference": difference.mean,
+                "half_interval": difference.margin,
                 "seeds": config.seeds,
             }
         )

@@ -175,11 +175,6 @@ def test_stagger(tmp_path):
     assert 3 < digits["explored"]["stagger"] < 100  # 3% are active at the start
 
 
-def test_half_interval():
-    # Student's t of 3 degrees of freedom at 97.5%, times the standard error sqrt(5/3) / 2.
-    assert load("stagger").half_interval(np.arange(4.0)) == pytest.approx(3.18245 * np.sqrt(5 / 3) / 2, rel=1e-5)
-
-
 def test_peers_needs_a_checkout(tmp_path):
     peers = load("peers")
     with pytest.raises(ValueError, match="give --jaxpruner DIR, --reference DIR or both"):

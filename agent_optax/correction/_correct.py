@@ -97,7 +97,7 @@ def correct_gradients(
         grads = select_active(updates, active_masks)
         recalled = state.memory_state.recall(updates, extra_args)
         # Inactive entries take no part: neither in inner products nor in what the chain does next, such as clipping.
-        # Selecting from the sum costs half of what selecting its terms does: a CPU branches around each load.
+        # One selection, from the sum, is cheaper than one from each of its terms.
         corrected = select_active(state.correct(updates, recalled), active_masks)
         recalled = recalled._replace(
             old_grads=select_active(recalled.old_grads, active_masks),

@@ -107,8 +107,9 @@ def test_losses_of_the_objectives_differ_as_they_should(data):
 @pytest.mark.parametrize(
     ("memory", "coefficient", "topology", "storage"),
     [
+        ("snapshot", "scheduled", "static", "dense"),
         ("cached_snapshot", "gradient_regression", "rigl", "compact"),
-        ("recursion", "scheduled", "static", "dense"),
+        ("recursion", "constant", "static", "dense"),
         ("table", "gradient_regression", "static", "dense"),
         ("history", "loss_regression", "static", "compact"),
     ],
