@@ -136,6 +136,7 @@ class Blocks(Pattern):
             grads=pool(self.reduce_grads, layer.grads),
             ever_active=pool(jnp.any, layer.ever_active),
             momentum=pool(self.reduce_grads, layer.momentum),
+            count=None if layer.count is None else layer.count // self.unit_size(layer.mask.shape),
         )
 
     def entries(self, mask: jax.Array, like: jax.Array) -> jax.Array:

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import conform, is_masked
+from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
-from agent_optax.sparsity._rewiring import SparseOptimizer, rewired, when
-from agent_optax.sparsity._sparse_update import SparseUpdate, entries_at, with_entries_added
+from agent_optax.sparsity._positions import positions
+from agent_optax.sparsity._rewiring import Changed, LayerStorage, SparseOptimizer, rewired, when
+from agent_optax.sparsity._selection import num_true
+from agent_optax.sparsity._sparse_update import SparseUpdate, entries_at, with_entries_added, with_entries_set
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer
 
@@ -28,7 +30,7 @@ class CompactActive(NamedTuple):
     def masks(self, params: optax.Params) -> Any:
         """True where a weight is active."""
         return jax.tree.map(
-            lambda i, p: i if is_masked(i) else _scatter(i, jnp.ones(i.shape, jnp.int8), p) > 0,
+            lambda i, p: i if is_masked(i) else _mask(i, p),
             self.indices,
             params,
             is_leaf=is_masked,
@@ -78,16 +80,18 @@ def _scatter(indices: jax.Array, values: jax.Array, like: jax.Array) -> jax.Arra
     return with_entries_added(flat, indices, values).reshape(jnp.shape(like))
 
 
+def _mask(indices: jax.Array, like: jax.Array) -> jax.Array:
+    """True at sorted flat positions of an array in the shape of `like`."""
+    flat = jnp.zeros(math.prod(jnp.shape(like)), bool)
+    return with_entries_set(flat, indices, jnp.ones(indices.shape, bool)).reshape(jnp.shape(like))
+
+
 def _take(x: jax.Array, places: jax.Array) -> jax.Array:
     """`x[..., places]`, row by row: a gather from the last axis makes XLA turn the whole array at every step."""
     if x.ndim == 1:
         return x[places]
     rows = x.reshape(-1, x.shape[-1])
     return jax.lax.fori_loop(0, rows.shape[0], lambda j, r: r.at[j].set(r[j][places]), rows).reshape(x.shape)
-
-
-def _positions(mask: jax.Array, count: int) -> jax.Array:
-    return jnp.flatnonzero(mask, size=count).astype(jnp.int32)
 
 
 def _pack(mask: jax.Array) -> jax.Array:
@@ -100,7 +104,7 @@ def _unpack(bits: jax.Array, like: jax.Array) -> jax.Array:
 
 def compact_start(masks: Any, is_static: bool, counts: Any) -> CompactActive:
     """The positions of the masks; `counts` holds their numbers of active weights."""
-    indices = jax.tree.map(_positions, masks, counts)
+    indices = jax.tree.map(positions, masks, counts)
     return CompactActive(
         indices=indices,
         point_indices=None,
@@ -229,8 +233,7 @@ def as_dense_updates(updates: optax.Updates, params: optax.Params) -> optax.Upda
     def dense(update: Any, p: jax.Array) -> jax.Array:
         if not isinstance(update, SparseUpdate):
             return update
-        mask = _scatter(update.indices, jnp.ones(update.indices.shape, jnp.int8), p) > 0
-        return jnp.where(mask, _scatter(update.indices, update.values, p), -p)
+        return jnp.where(_mask(update.indices, p), _scatter(update.indices, update.values, p), -p)
 
     return jax.tree.map(dense, updates, params, is_leaf=lambda node: isinstance(node, SparseUpdate))
 
@@ -247,27 +250,23 @@ def _rewire(
     active: CompactActive = state.active_weights
     weights = active.gather(params)  # once more: an ordinary step may not need it
     new_weights = jax.tree.map(lambda u, w: w if is_masked(u) else w + u, updates, weights, is_leaf=is_masked)
-    masks = active.masks(params)
-    layers = []
-
-    def collect(mask: Any, indices: Any, w: jax.Array, grad: jax.Array, bits: jax.Array) -> None:
-        if not is_masked(mask):
-            layers.append(Layer(_scatter(indices, w, mask), mask, grad, _unpack(bits, mask)))
-
-    jax.tree.map(collect, masks, active.indices, new_weights, grads, active.ever_active, is_leaf=is_masked)
-    new_masks, state = rewired(optimizer, layers, optimizer.patterns(params, masks)[1], grads, state)
-    new_masks = jax.tree.structure(masks).unflatten(new_masks)
-    indices = jax.tree.map(lambda mask, old: _positions(mask, old.shape[0]), new_masks, active.indices)
-    origin = jax.tree.map(  # the place at which a position stood before; anything for those that are new
-        lambda old, new: jnp.minimum(jnp.searchsorted(old, new), old.shape[0] - 1), active.indices, indices
+    usable = all_finite((grads, new_weights))
+    structure = jax.tree.structure(params)
+    leaves = structure.flatten_up_to
+    stored = [
+        StoredLayer(*of_layer)
+        for of_layer in zip(*map(leaves, (active.indices, weights, updates, grads, active.ever_active)), strict=True)
+        if not is_masked(of_layer[0])
+    ]
+    changed, state = rewired(
+        optimizer, COMPACT_LAYERS, stored, optimizer.patterns(params, active.indices)[1], usable, state
     )
-    survives = jax.tree.map(lambda old, new, i: old[i] == new, active.indices, indices, origin)
-
-    dense_weights = jax.tree.map(
-        lambda i, w, p: w if is_masked(i) else _scatter(i, w, p), active.indices, new_weights, params, is_leaf=is_masked
+    like = jax.tree.structure(active.indices)
+    indices, origin, survives, values, sparse_updates, ever_active = (
+        like.unflatten(new) for new in zip(*changed, strict=True)
     )
     moved = active._replace(indices=indices)
-    fresh = inner.init(moved.gather(dense_weights))
+    fresh = inner.init(jax.tree.map(lambda v, w: w if is_masked(v) else v, values, new_weights, is_leaf=is_masked))
     origins, survivors = (jax.tree.structure(weights).flatten_up_to(t) for t in (origin, survives))
     leaf_of_state = leaf_of_each_state(inner, state.inner_state, active.indices, weights, exempt="point_fields")
     leaves, treedef = jax.tree.flatten(state.inner_state)
@@ -277,15 +276,66 @@ def _rewire(
     if active.is_uncorrected is not None:
         is_uncorrected = jax.tree.map(lambda new, i, s: new[i] | ~s, active.is_uncorrected, origin, survives)
         moved = moved._replace(is_uncorrected=is_uncorrected)
-    moved = moved._replace(
-        ever_active=jax.tree.map(lambda bits, mask: bits | _pack(mask), active.ever_active, new_masks)
-    )
-    updates = jax.tree.map(
-        lambda i, mask, u, w: i if is_masked(i) else jnp.where(_gather(i, mask), u, -w),
-        active.indices,
-        new_masks,
-        updates,
-        weights,
-        is_leaf=is_masked,
-    )
+    updates = jax.tree.map(lambda u, new: u if is_masked(new) else new, updates, sparse_updates, is_leaf=is_masked)
+    moved = moved._replace(ever_active=ever_active)
     return state._replace(inner_state=treedef.unflatten(leaves), active_weights=moved), updates
+
+
+class StoredLayer(NamedTuple):
+    """What compact storage holds of a layer at a topology update."""
+
+    indices: jax.Array  # int32 [nnz]
+    weights: jax.Array  # [nnz], before the step
+    updates: jax.Array  # [nnz]
+    grads: jax.Array  # of the whole layer
+    ever_active: jax.Array  # uint8, packed
+
+
+class ChangedLayer(NamedTuple):
+    """What becomes of it."""
+
+    indices: jax.Array  # int32 [nnz]
+    origin: jax.Array  # int32 [nnz]: the place at which a position stood before; anything for those that are new
+    survives: jax.Array  # bool [nnz]: whether it stood anywhere
+    weights: jax.Array  # [nnz], after the step
+    updates: jax.Array  # [nnz], at the positions before: -p where a weight is dropped
+    ever_active: jax.Array  # uint8, packed
+
+
+def _see(stored: StoredLayer) -> Layer:
+    mask = _mask(stored.indices, stored.grads)
+    weights = _scatter(stored.indices, stored.weights + stored.updates, mask)
+    return Layer(weights, mask, stored.grads, _unpack(stored.ever_active, mask), count=stored.indices.shape[0])
+
+
+def _change(stored: StoredLayer, layer: Layer, mask: jax.Array) -> Changed:
+    del layer
+    old, new = stored.indices, positions(mask, stored.indices.shape[0])
+    origin = jnp.minimum(jnp.searchsorted(old, new), old.shape[0] - 1)
+    survives = old[origin] == new
+    weights = (stored.weights + stored.updates)[origin]
+    changed = ChangedLayer(
+        indices=new,
+        origin=origin,
+        survives=survives,
+        weights=jnp.where(survives, weights, jnp.zeros_like(weights)),
+        updates=jnp.where(_gather(old, mask), stored.updates, -stored.weights),
+        ever_active=stored.ever_active | _pack(mask),
+    )
+    num_new = num_true(~survives)
+    return Changed(changed, num_new, num_new)
+
+
+def _keep(stored: StoredLayer) -> ChangedLayer:
+    indices = stored.indices
+    return ChangedLayer(
+        indices=indices,
+        origin=jnp.arange(indices.shape[0], dtype=jnp.int32),
+        survives=jnp.ones(indices.shape, bool),
+        weights=stored.weights + stored.updates,
+        updates=stored.updates,
+        ever_active=stored.ever_active,
+    )
+
+
+COMPACT_LAYERS = LayerStorage(_see, _change, _keep)

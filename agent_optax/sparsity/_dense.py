@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import is_masked
+from agent_optax._tree import all_finite, is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
-from agent_optax.sparsity._rewiring import SparseOptimizer, corrected_grads, rewired, when
+from agent_optax.sparsity._rewiring import Changed, LayerStorage, SparseOptimizer, corrected_grads, rewired, when
+from agent_optax.sparsity._selection import num_true
 from agent_optax.sparsity._state import SparsifyState, apply_masks, total
 from agent_optax.sparsity._topology import Layer
 
@@ -131,22 +132,33 @@ def _rewire(
     updates, _ = inner.update(seen, inner_state, params, active_masks=masks, **extra_args)
     new_params = optax.apply_updates(params, _masked_updates(masks, updates, params))
     growth_grads = corrected_grads(grads, inner_state, extra_args) if optimizer.grow_by == "corrected" else grads
-    layers = []
+    usable = all_finite((grads, new_params))
+    leaves = jax.tree.structure(params).flatten_up_to
+    active = carried.active_weights
+    stored = [
+        of_layer
+        for of_layer in zip(*map(leaves, (active.activity, active.ever_active, new_params, growth_grads)), strict=True)
+        if not is_masked(of_layer[0])
+    ]
+    changed, carried = rewired(optimizer, DENSE_LAYERS, stored, optimizer.patterns(params, masks)[1], usable, carried)
+    activity, ever_active = (jax.tree.structure(masks).unflatten(new) for new in zip(*changed, strict=True))
+    return carried._replace(active_weights=DenseActive(activity, ever_active))
 
-    def collect(mask: Any, weights: jax.Array, grad: jax.Array, ever: Any) -> None:
-        if not is_masked(mask):
-            layers.append(Layer(weights, mask, grad, ever))
 
-    jax.tree.map(collect, masks, new_params, growth_grads, carried.active_weights.ever_active, is_leaf=is_masked)
-    new_masks, carried = rewired(optimizer, layers, optimizer.patterns(params, masks)[1], grads, carried)
-    new_masks = jax.tree.structure(masks).unflatten(new_masks)
+def _see(stored: Any) -> Layer:
+    activity, ever_active, weights, grads = stored
+    return Layer(weights, activity > INACTIVE, grads, ever_active)
 
-    def code(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(new, jnp.where(old, ACTIVE, NEW), INACTIVE).astype(jnp.uint8)
 
-    return carried._replace(
-        active_weights=DenseActive(
-            activity=jax.tree.map(code, new_masks, masks),
-            ever_active=jax.tree.map(jnp.logical_or, carried.active_weights.ever_active, new_masks),
-        )
-    )
+def _change(stored: Any, layer: Layer, mask: jax.Array) -> Changed:
+    del stored
+    activity = jnp.where(mask, jnp.where(layer.mask, ACTIVE, NEW), INACTIVE).astype(jnp.uint8)
+    return Changed((activity, layer.ever_active | mask), num_true(layer.mask & ~mask), num_true(mask & ~layer.mask))
+
+
+def _keep(stored: Any) -> tuple[jax.Array, jax.Array]:
+    activity, ever_active, *_ = stored
+    return jnp.where(activity > INACTIVE, ACTIVE, INACTIVE).astype(jnp.uint8), ever_active
+
+
+DENSE_LAYERS = LayerStorage(_see, _change, _keep)

@@ -20,7 +20,7 @@ from agent_optax.sparsity._redistribution import (
     start_redistribution,
 )
 from agent_optax.sparsity._scores import Score, gradient_magnitude, weight_magnitude
-from agent_optax.sparsity._selection import select
+from agent_optax.sparsity._selection import num_true, select
 from agent_optax.sparsity._topology import (
     Layer,
     Target,
@@ -165,31 +165,22 @@ class DropAndGrow(Topology):
         average_grads = jax.tree.map(average, state.gradient_momentum, grads, is_leaf=is_masked)
         return state._replace(gradient_momentum=average_grads)
 
-    def with_memory(self, layers: Sequence[Layer], state: Any) -> list[Layer]:
-        """The layers with their momentum."""
-        if self.momentum is None:
-            return list(layers)
-        momentum = jax.tree.leaves(state.gradient_momentum)
-        return [layer._replace(momentum=m) for layer, m in zip(layers, momentum, strict=True)]
+    def momenta(self, state: Any, num_layers: int) -> list[jax.Array | None]:
+        """The moving averages that `observe` keeps."""
+        return [None] * num_layers if self.momentum is None else jax.tree.leaves(state.gradient_momentum)
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """At start, start + update_every, ... below stop."""
         return self.times.include(step)
 
-    def rewire(
-        self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
-    ) -> tuple[list[jax.Array], Any]:
-        """Without redistribution the number of active weights of a layer never changes."""
-        fraction = fraction_at(self.drop_fraction, step)
-        keys = jax.random.split(key, max(len(layers), 1))
-        if self.redistribute is None:
-            return [self.replace(layer, fraction, keys[i]) for i, layer in enumerate(layers)], state
-        return self._redistribute(self.redistribute, layers, state, fraction, keys)
+    def rewire_layer(self, layer: Layer, step: jax.Array, key: jax.Array) -> jax.Array:
+        """The number of active weights stays."""
+        return self.replace(layer, fraction_at(self.drop_fraction, step), key)
 
     def replace(self, layer: Layer, fraction: jax.Array, key: jax.Array) -> jax.Array:
         """The mask after dropping a fraction of the active weights and growing as many."""
         drop_key, grow_key = jax.random.split(key)
-        num_active = jnp.sum(layer.mask, dtype=jnp.int32)
+        num_active = num_true(layer.mask) if layer.count is None else jnp.asarray(layer.count, jnp.int32)
         n = num_dropped(fraction, num_active)
         kept = select(self.drop(layer, drop_key), num_active - n, candidates=layer.mask)
         # Weights dropped just now are candidates for growth: grown again, they keep their value.
@@ -198,11 +189,15 @@ class DropAndGrow(Topology):
             return layer.groups.filled(scores, kept)
         return kept | select(scores, n, candidates=~kept)
 
-    def _redistribute(
-        self, statistic: Score, layers: Sequence[Layer], state: Any, fraction: jax.Array, keys: jax.Array
+    def rewire(
+        self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
     ) -> tuple[list[jax.Array], Any]:
+        """With redistribution: what is dropped in one layer grows in another."""
+        statistic: Any = self.redistribute
+        fraction = fraction_at(self.drop_fraction, step)
+        keys = jax.random.split(key, max(len(layers), 1))
         real = state.redistribution.adjusted_growth.dtype
-        active = jnp.stack([jnp.sum(layer.mask, dtype=jnp.int32) for layer in layers])
+        active = jnp.stack([num_true(layer.mask) for layer in layers])
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
         means = [
             jnp.sum(jnp.where(layer.mask, statistic(layer, keys[i]), 0).astype(real)) / jnp.maximum(active[i], 1)

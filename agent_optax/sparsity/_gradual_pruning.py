@@ -13,7 +13,7 @@ import optax
 from agent_optax._tree import statistics_dtype
 from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._drop_and_grow import rigl_rule
-from agent_optax.sparsity._selection import select, select_jointly
+from agent_optax.sparsity._selection import num_true, select, select_jointly
 from agent_optax.sparsity._topology import (
     Layer,
     Target,
@@ -168,7 +168,7 @@ class GradualPruning(Topology):
         ]
 
     def _largest(self, scores: Sequence[jax.Array], layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
-        active = [jnp.sum(layer.mask, dtype=jnp.int32) for layer in layers]
+        active = [num_true(layer.mask) for layer in layers]
         if self.scope == "global":
             total = jnp.minimum(jnp.sum(targets), sum(active, jnp.zeros((), jnp.int32)))
             return select_jointly(scores, total, [layer.mask for layer in layers])

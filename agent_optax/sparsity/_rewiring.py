@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import all_finite, is_masked
+from agent_optax._tree import is_masked
 from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_patterns, patterns_of
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer, Topology
@@ -60,44 +61,72 @@ def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
     return jax.lax.while_loop(lambda state: (state[0] < 1) & due, turn, (jnp.zeros((), jnp.int32), carry))[1]
 
 
+class Changed(NamedTuple):
+    """A layer after a topology update."""
+
+    stored: Any  # what the storage holds of it
+    num_dropped: jax.Array  # int32 []
+    num_grown: jax.Array  # int32 []
+
+
+class LayerStorage(NamedTuple):
+    """How a storage takes part in a topology update, layer by layer; `stored` is what it holds of one layer."""
+
+    see: Callable[[Any], Layer]  # stored -> the layer, whole
+    change: Callable[[Any, Layer, jax.Array], Changed]  # (stored, layer, new mask)
+    keep: Callable[[Any], Any]  # stored -> what it will hold where nothing changes
+
+
 def rewired(
     optimizer: SparseOptimizer,
-    layers: Sequence[Layer],
+    storage: LayerStorage,
+    stored: Sequence[Any],
     patterns: Sequence[Pattern],
-    grads: optax.Updates,
+    usable: jax.Array,
     state: SparsifyState,
-) -> tuple[list[jax.Array], SparsifyState]:
-    """The new masks, and the state with key and counts; the old masks when a gradient or weight is not finite."""
+) -> tuple[list[Any], SparsifyState]:
+    """What the storage will hold of each layer, and the state with key and counts.
+
+    Nothing changes unless `usable`: a gradient or weight is not finite. Layers that need no other layer change one
+    after the other, each in a conditional of its own, so that the temporary memory of one serves the next.
+    """
     topology, step = optimizer.topology, state.topology_step
-    usable = all_finite((grads, [layer.weights for layer in layers]))
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
-    complete = topology.with_memory(layers, state.topology_state)
-    units = [pattern.units(layer) for pattern, layer in zip(patterns, complete, strict=True)]
-    if optimizer.stagger:
-        due = optimizer.layers_due(step, len(layers))
-        keys = jax.random.split(key, len(layers))
-        masks = [
-            jax.lax.cond(
-                due[i] & usable,
-                lambda layer, key: topology.rewire([layer], state.topology_state, step, key)[0][0],
-                lambda layer, key: layer.mask,
-                layer,
-                keys[i],
-            )
-            for i, layer in enumerate(units)
+    momenta = topology.momenta(state.topology_state, len(stored))
+
+    def rewire_layer(pattern: Pattern, stored: Any, momentum: Any, key: jax.Array) -> Changed:
+        layer = storage.see(stored)._replace(momentum=momentum)
+        mask = topology.rewire_layer(pattern.units(layer), step, key)
+        changed = storage.change(stored, layer, pattern.entries(mask, layer.mask))
+        return changed._replace(num_grown=changed.num_dropped) if topology.keeps_counts else changed
+
+    def keep_layer(stored: Any, momentum: Any, key: jax.Array) -> Changed:
+        del momentum, key
+        return Changed(storage.keep(stored), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    if topology.is_layerwise:
+        due = optimizer.layers_due(step, len(stored)) & usable
+        keys = jax.random.split(key, max(len(stored), 1))
+        changed = [
+            jax.lax.cond(due[i], functools.partial(rewire_layer, pattern), keep_layer, layer, momentum, keys[i])
+            for i, (pattern, layer, momentum) in enumerate(zip(patterns, stored, momenta, strict=True))
         ]
     else:
+        layers = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
+        units = [pattern.units(layer) for pattern, layer in zip(patterns, layers, strict=True)]
         masks, topology_state = topology.rewire(units, state.topology_state, step, key)
         masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, units, strict=True)]
+        changed = [
+            storage.change(s, layer, pattern.entries(mask, layer.mask))
+            for s, layer, pattern, mask in zip(stored, layers, patterns, masks, strict=True)
+        ]
         state = state._replace(
             topology_state=jax.tree.map(lambda n, o: jnp.where(usable, n, o), topology_state, state.topology_state)
         )
-    masks = [pattern.entries(m, layer.mask) for pattern, m, layer in zip(patterns, masks, layers, strict=True)]
-    pairs = [(new, layer.mask) for new, layer in zip(masks, layers, strict=True)]
-    return masks, state._replace(
+    return [layer.stored for layer in changed], state._replace(
         topology_key=jax.random.key_data(next_key),
-        num_dropped=total([jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs]),
-        num_grown=total([jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs]),
+        num_dropped=total([layer.num_dropped for layer in changed]),
+        num_grown=total([layer.num_grown for layer in changed]),
         num_topology_updates=state.num_topology_updates + usable,
         num_skipped_updates=state.num_skipped_updates + ~usable,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -57,14 +58,14 @@ def select_jointly(
     if candidates is not None:
         ranks = [jnp.where(c, r, 0) for c, r in zip(candidates, ranks, strict=True)]
     k = jnp.asarray(k, jnp.int32)
-    threshold = _kth_largest(ranks, k)
+    threshold, num_above = _kth_largest(ranks, k)
     above, tied = [r > threshold for r in ranks], [r == threshold for r in ranks]
     if candidates is not None:
         tied = [t & c for t, c in zip(tied, candidates, strict=True)]
-    missing = k - _count(above)
+    missing = k - num_above
     masks = []
     for a, t in zip(above, tied, strict=True):
-        taken = jnp.minimum(missing, _count([t])) if len(above) > 1 else missing
+        taken = jnp.minimum(missing, num_true(t)) if len(above) > 1 else missing
         masks.append(a | (t & _first(t, taken)))
         missing = missing - taken
     return masks
@@ -90,18 +91,35 @@ def _ranks(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), 0, jnp.where(bits & sign != 0, ~bits, bits | sign)).astype(word)
 
 
-def _count(masks: Sequence[jax.Array]) -> jax.Array:
-    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks[1:]), jnp.sum(masks[0], dtype=jnp.int32))
+def num_true(*masks: jax.Array) -> jax.Array:
+    """int32: how many entries of the masks are True."""
+
+    def number(mask: jax.Array) -> jax.Array:
+        # XLA on a CPU adds floats twice as fast as integers, and whole ones exactly up to 2^24.
+        dtype = jnp.float32 if mask.size <= 2**24 else jnp.int32
+        return jnp.sum(mask, dtype=dtype).astype(jnp.int32)
+
+    return functools.reduce(jnp.add, map(number, masks))
 
 
-def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> jax.Array:
-    """The least t with at most k ranks above it, or any t with exactly k above it.
+def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least t with at most k ranks above it, or any t with exactly k above it; and how many are above.
 
-    The bracket lo < t <= hi is cut where the counts at its ends suggest, which takes about ten counts on weights and
-    gradients; every second cut halves it, so the number of counts is bounded whatever the ranks are.
+    The bracket lo < t <= hi is cut where the counts at its ends suggest: as if the log-odds of being above fell
+    evenly, which suits the tails of weights and gradients, and in the next turn as if the counts did, which suits
+    random numbers. That takes about ten counts; every third cut halves the bracket, so their number is bounded
+    whatever the ranks are.
     """
     word = ranks[0].dtype
     real = jnp.float64 if word == jnp.uint64 else jnp.float32
+    zero, top = jnp.zeros((), jnp.int32), jnp.asarray(jnp.iinfo(word).max, word)
+    above_zero = num_true(*(r > 0 for r in ranks))
+    nothing = jnp.minimum(above_zero, 0).astype(word)  # 0, but known after the count only, whose memory serves again
+    least = functools.reduce(jnp.minimum, [jnp.min(jnp.where(r > nothing, r, top), initial=top) for r in ranks])
+    largest = functools.reduce(jnp.maximum, [jnp.max(r, initial=0) for r in ranks])
+
+    def log_odds(above):
+        return jnp.log((above + 0.5) / (above_zero - above + 0.5))
 
     def is_open(bracket):
         _, lo, hi, above_lo, _ = bracket
@@ -110,11 +128,17 @@ def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> jax.Array:
     def cut(bracket):
         turn, lo, hi, above_lo, above_hi = bracket
         width = hi - lo
-        share = (above_lo - k).astype(real) / (above_lo - above_hi).astype(real)
-        suggested = (width.astype(real) * jnp.minimum(share, 1 - 1e-6)).astype(word)
-        step = jnp.clip(jnp.where(turn % 2 == 1, width // 2, suggested), 1, width - 1)
+
+        def share(scale):
+            at_lo, at_hi, at_k = (scale(n).astype(real) for n in (above_lo, above_hi, k))
+            return (at_lo - at_k) / (at_lo - at_hi)
+
+        by_odds, by_counts = share(log_odds), share(lambda above: above)
+        suggested = jnp.minimum(jnp.where(turn % 3 == 0, by_odds, by_counts), 1 - 1e-6)
+        suggested = (width.astype(real) * suggested).astype(word)
+        step = jnp.clip(jnp.where(turn % 3 == 2, width // 2, suggested), 1, width - 1)
         at = lo + step
-        above = _count([r > at for r in ranks])
+        above = num_true(*(r > at for r in ranks))
         enough = above >= k
         return (
             turn + 1,
@@ -124,36 +148,38 @@ def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> jax.Array:
             jnp.where(enough, above_hi, above),
         )
 
-    zero, top = jnp.zeros((), jnp.int32), jnp.asarray(jnp.iinfo(word).max, word)
-    above_zero = _count([r > 0 for r in ranks])
-    least = functools.reduce(jnp.minimum, [jnp.min(jnp.where(r > 0, r, top), initial=top) for r in ranks])
-    largest = functools.reduce(jnp.maximum, [jnp.max(r, initial=0) for r in ranks])
     lo = jnp.where(above_zero > k, least - 1, 0).astype(word)
-    _, lo, hi, above_lo, _ = jax.lax.while_loop(is_open, cut, (zero, lo, largest, above_zero, zero))
-    return jnp.where(above_lo > k, hi, lo)
+    _, lo, hi, above_lo, above_hi = jax.lax.while_loop(is_open, cut, (zero, lo, largest, above_zero, zero))
+    return jnp.where(above_lo > k, hi, lo), jnp.where(above_lo > k, above_hi, above_lo)
 
 
 def _first(tied: jax.Array, n: jax.Array) -> jax.Array:
     """A mask of the flat positions up to the n-th True of `tied`; everything when n is all of them."""
-    position = _flat_position(tied.shape)
 
     def cut(_):
         bits = max(tied.size - 1, 1).bit_length()
 
         def body(i, last):  # the largest position with fewer than n ties before it
             candidate = last | (1 << (bits - 1 - i))
-            return jnp.where(_count([tied & (position < candidate)]) < n, candidate, last)
+            return jnp.where(num_true(tied & _is_before(candidate, tied.shape)) < n, candidate, last)
 
         return jax.lax.fori_loop(0, bits, body, jnp.zeros((), jnp.int32))
 
-    last = jax.lax.cond(_count([tied]) == n, lambda _: jnp.asarray(tied.size, jnp.int32), cut, None)
-    return (position <= last) & (n > 0)
+    last = jax.lax.cond(num_true(tied) == n, lambda _: jnp.asarray(tied.size, jnp.int32), cut, None)
+    return _is_before(last + 1, tied.shape) & (n > 0)
 
 
-def _flat_position(shape: tuple[int, ...]) -> jax.Array:
-    position = jnp.zeros(shape, jnp.int32)
-    stride = 1
+def _is_before(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """True at the flat positions below `end`.
+
+    Axis by axis, never as an array of positions, which XLA would move out of a loop and keep.
+    """
+    if not shape:
+        return end > 0
+    before = jnp.zeros(shape, bool)
     for axis in reversed(range(len(shape))):
-        position = position + stride * jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        stride *= shape[axis]
-    return position
+        place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        bound = end // math.prod(shape[axis + 1 :])
+        bound = bound % shape[axis] if axis else bound
+        before = (place < bound) | ((place == bound) & before)
+    return before

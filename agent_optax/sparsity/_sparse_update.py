@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,16 @@ def entries_at(flat: jax.Array, indices: jax.Array) -> jax.Array:
 
 def with_entries_added(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """`flat` plus `values` at sorted, distinct positions inside."""
-    return jax.lax.scatter_add(
+    return _scattered(jax.lax.scatter_add, flat, indices, values)
+
+
+def with_entries_set(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """`flat` with `values` in place of its own at sorted, distinct positions inside."""
+    return _scattered(jax.lax.scatter, flat, indices, values)
+
+
+def _scattered(scatter: Callable[..., jax.Array], flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    return scatter(
         flat,
         indices[:, None],
         values,

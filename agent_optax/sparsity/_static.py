@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from agent_optax.sparsity._topology import Layer, Topology
+from agent_optax.sparsity._topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +24,6 @@ class Static(Topology):
     def is_due(self, step: jax.Array) -> jax.Array:
         """Never."""
         return jnp.zeros_like(step, dtype=bool)
-
-    def rewire(
-        self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
-    ) -> tuple[list[jax.Array], Any]:
-        """Nothing changes."""
-        del step, key
-        return [layer.mask for layer in layers], state
 
 
 def static() -> Static:

@@ -25,6 +25,7 @@ class Layer(NamedTuple):
     ever_active: jax.Array | None  # bool: active at any time so far
     momentum: jax.Array | None = None  # moving average of the dense gradients, if the topology keeps one
     groups: Groups | None = None  # of which exactly n entries are active, if the pattern has any
+    count: int | None = None  # of active entries, where the storage fixes it
 
 
 class Target(NamedTuple):
@@ -62,19 +63,23 @@ class Topology:
         del grads
         return state
 
-    def with_memory(self, layers: Sequence[Layer], state: Any) -> list[Layer]:
-        """The layers with what the state knows of them."""
+    def momenta(self, state: Any, num_layers: int) -> list[jax.Array | None]:
+        """The moving average of the dense gradients of each layer, if the state keeps one."""
         del state
-        return list(layers)
+        return [None] * num_layers
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """Whether the topology changes at this step, counted from 1."""
         raise NotImplementedError
 
+    def rewire_layer(self, layer: Layer, step: jax.Array, key: jax.Array) -> jax.Array:
+        """The new mask of a layer, if the topology is layerwise."""
+        raise NotImplementedError
+
     def rewire(
         self, layers: Sequence[Layer], state: Any, step: jax.Array, key: jax.Array
     ) -> tuple[list[jax.Array], Any]:
-        """Returns the new mask of each layer, and the new state."""
+        """The new mask of each layer and the new state, if the topology is not layerwise."""
         raise NotImplementedError
 
 
