@@ -33,9 +33,9 @@ from rich.table import Table
 import agent_optax
 
 TOPOLOGIES = {"rigl": agent_optax.rigl, "set_": agent_optax.set_}
-# A threshold is found by a loop whose length depends on the scores: about ten turns, and never more than two a bit,
-# since every second turn halves a bracket of 32-bit numbers. Bytes are counted at that bound.
-MOST_TURNS = 64
+# A threshold is found by a loop whose length depends on the scores: about ten turns, and never more than three a bit,
+# since every third turn halves a bracket of 32-bit numbers. Bytes are counted at that bound.
+MOST_TURNS = 96
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,10 +261,9 @@ class Product(NamedTuple):
     options: Mapping[str, Any]
     topologies: tuple[str, ...]
     inner: tuple[str, ...]
-    takes_sharded: bool = True
 
 
-COMPACT = {"storage": "compact"}  # a gather from all devices, which explicit sharding refuses
+COMPACT = {"storage": "compact"}
 NOT_COMPACT = ("muon", "adafactor")  # they work on whole matrices
 
 PRODUCTS = [
@@ -272,10 +271,8 @@ PRODUCTS = [
     # What the inner optimizer does to its state is one matter, how weights are chosen another.
     Product("sparsify", {}, ("static", "set_"), ("momentum", "adam", "agent")),
     Product("sparsify", {}, ("set_itop", "rigl_itop"), ("momentum",)),
-    Product(
-        "sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in NOT_COMPACT), takes_sharded=False
-    ),
-    Product("sparsify-compact", COMPACT, ("static", "set_"), ("momentum", "agent"), takes_sharded=False),
+    Product("sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in NOT_COMPACT)),
+    Product("sparsify-compact", COMPACT, ("static", "set_"), ("momentum", "agent")),
     Product(
         "sparsify",
         {},
@@ -283,17 +280,11 @@ PRODUCTS = [
         ("momentum", "agent"),
     ),
     Product("sparsify", {}, ("bayesian_rewiring",), ("adam", "storm", "saga")),
-    Product("sparsify-compact", COMPACT, ("drop_and_grow",), ("momentum",), takes_sharded=False),
+    Product("sparsify-compact", COMPACT, ("drop_and_grow",), ("momentum",)),
     Product("sparsify-n_m", {"pattern": agent_optax.n_m(2, 4)}, ("static", "rigl", "granet"), ("momentum",)),
     Product("sparsify-blocks", {"pattern": agent_optax.blocks((2, 3))}, ("set_", "rigl", "snfs"), ("momentum",)),
     Product("sparsify-channels", {"pattern": agent_optax.output_channels()}, ("rigl",), ("momentum",)),
-    Product(
-        "sparsify-compact-n_m",
-        {**COMPACT, "pattern": agent_optax.n_m(2, 4)},
-        ("set_",),
-        ("momentum",),
-        takes_sharded=False,
-    ),
+    Product("sparsify-compact-n_m", {**COMPACT, "pattern": agent_optax.n_m(2, 4)}, ("set_",), ("momentum",)),
     Product("sparsify-corrected_growth", {"grow_by": "corrected"}, ("rigl",), ("agent", "history")),
 ]
 
@@ -310,7 +301,7 @@ def _sparse_case(product: Product, topology_name: str, inner_name: str) -> Case:
         factory,
         {"learning_rate": LEARNING_RATE, "sparsity": 0.5, "drop_fraction": 0.5, "key": 0},
         static_args=("sparsity", "key"),
-        **{"takes_sharded": product.takes_sharded, **inner.about},
+        **inner.about,
     )
 
 

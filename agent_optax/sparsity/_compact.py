@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,21 +12,27 @@ import optax
 
 from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
-from agent_optax.sparsity._positions import positions
+from agent_optax.sparsity._positions import num_positions, places, positions
 from agent_optax.sparsity._rewiring import Changed, LayerStorage, SparseOptimizer, rewired, when
 from agent_optax.sparsity._selection import num_true
+from agent_optax.sparsity._shards import Parts, as_rows, from_rows, parts_of, row_by_row
 from agent_optax.sparsity._sparse_update import SparseUpdate, entries_at, with_entries_added, with_entries_set
 from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity._topology import Layer
 
 
 class CompactActive(NamedTuple):
-    """The active weights, as sorted flat positions; MaskedNode where nothing is pruned."""
+    """The active weights, as sorted flat positions; MaskedNode where nothing is pruned.
+
+    A leaf whose type says that it is split over devices has positions for each part, [*parts, capacity] in place of
+    [nnz], so that gathers and scatters stay on a device. A part may come to hold all active weights of the leaf, and
+    has room for that; the rest is padding, for which zeros are read and nothing is written.
+    """
 
     indices: Any  # like params, int32 [nnz]
     point_indices: Any  # like indices: where the stored point of evaluation has its entries; None without such a memory
     is_uncorrected: Any  # like indices, bool: grown since that point was set; None without such a memory
-    ever_active: Any  # like params, uint8 [ceil(size / 8)]: packed bits; None when the topology is static
+    ever_active: Any  # like params, uint8 [*parts, ceil(size / 8)]: packed bits; None when the topology is static
 
     def masks(self, params: optax.Params) -> Any:
         """True where a weight is active."""
@@ -38,7 +45,7 @@ class CompactActive(NamedTuple):
 
     def num_active(self) -> jax.Array:
         """The number of active weights."""
-        return jnp.asarray(sum(i.shape[-1] for i in jax.tree.leaves(self.indices)), jnp.int32)
+        return total(jax.tree.map(_num_active, self.indices))
 
     def num_ever_active(self) -> jax.Array:
         """The number of weights that were ever active."""
@@ -70,47 +77,67 @@ class CompactActive(NamedTuple):
 
 
 def _gather(indices: jax.Array, x: jax.Array) -> jax.Array:
-    """The entries of x at sorted flat positions."""
-    return entries_at(jnp.reshape(x, (-1,)), indices)
+    """The entries of x at these positions."""
+    return entries_at(as_rows(jnp.asarray(x), indices.shape[:-1]), indices)
 
 
 def _scatter(indices: jax.Array, values: jax.Array, like: jax.Array) -> jax.Array:
-    """`values` at sorted flat positions of zeros in the shape of `like`."""
-    flat = jnp.zeros(math.prod(jnp.shape(like)), values.dtype)
-    return with_entries_added(flat, indices, values).reshape(jnp.shape(like))
+    """`values` at these positions of zeros in the shape of `like`."""
+    zeros = as_rows(jnp.zeros_like(like, dtype=values.dtype), indices.shape[:-1])
+    return from_rows(with_entries_added(zeros, indices, values), like)
 
 
 def _mask(indices: jax.Array, like: jax.Array) -> jax.Array:
-    """True at sorted flat positions of an array in the shape of `like`."""
-    flat = jnp.zeros(math.prod(jnp.shape(like)), bool)
-    return with_entries_set(flat, indices, jnp.ones(indices.shape, bool)).reshape(jnp.shape(like))
+    """True at these positions of an array in the shape of `like`."""
+    zeros = as_rows(jnp.zeros_like(like, dtype=bool), indices.shape[:-1])
+    return from_rows(with_entries_set(zeros, indices, jnp.ones_like(indices, dtype=bool)), like)
 
 
 def _take(x: jax.Array, places: jax.Array) -> jax.Array:
     """`x[..., places]`, row by row: a gather from the last axis makes XLA turn the whole array at every step."""
-    if x.ndim == 1:
-        return x[places]
+    parts = places.shape[:-1]
+    take = row_by_row(lambda row, p: row[p], parts)
+    if x.ndim == places.ndim:
+        return take(x, places)
+    if parts:
+        for _ in range(x.ndim - places.ndim):
+            take = jax.vmap(take, (0, None))
+        return take(x, places)
     rows = x.reshape(-1, x.shape[-1])
     return jax.lax.fori_loop(0, rows.shape[0], lambda j, r: r.at[j].set(r[j][places]), rows).reshape(x.shape)
 
 
-def _pack(mask: jax.Array) -> jax.Array:
-    return jnp.packbits(mask.reshape(-1))
+def _num_active(indices: jax.Array) -> int | jax.Array:
+    return indices.shape[0] if indices.ndim == 1 else num_positions(indices)
+
+
+def _pack(mask: jax.Array, parts: Parts) -> jax.Array:
+    return jnp.packbits(as_rows(mask, parts), axis=-1)
 
 
 def _unpack(bits: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.unpackbits(bits, count=math.prod(like.shape)).reshape(like.shape).astype(bool)
+    entries = like.size // math.prod(bits.shape[:-1])
+    return from_rows(jnp.unpackbits(bits, axis=-1, count=entries).astype(bool), like)
 
 
 def compact_start(masks: Any, is_static: bool, counts: Any) -> CompactActive:
     """The positions of the masks; `counts` holds their numbers of active weights."""
-    indices = jax.tree.map(positions, masks, counts)
+    packed = jax.tree.map(lambda mask: _pack(mask, parts_of(mask)), masks)
     return CompactActive(
-        indices=indices,
+        indices=jax.tree.map(
+            lambda bits, mask, count: _positions(bits, min(count, mask.size // math.prod(bits.shape[:-1]))),
+            packed,
+            masks,
+            counts,
+        ),
         point_indices=None,
         is_uncorrected=None,
-        ever_active=None if is_static else jax.tree.map(_pack, masks),
+        ever_active=None if is_static else packed,
     )
+
+
+def _positions(packed: jax.Array, capacity: int) -> jax.Array:
+    return row_by_row(functools.partial(positions, capacity=capacity), packed.shape[:-1])(packed)
 
 
 def follow_points(active: CompactActive, inner_state: optax.OptState) -> CompactActive:
@@ -119,7 +146,7 @@ def follow_points(active: CompactActive, inner_state: optax.OptState) -> Compact
         return active
     return active._replace(
         point_indices=jax.tree.map(jnp.copy, active.indices),
-        is_uncorrected=jax.tree.map(lambda i: jnp.zeros(i.shape, bool), active.indices),
+        is_uncorrected=jax.tree.map(lambda i: jnp.zeros_like(i, dtype=bool), active.indices),
     )
 
 
@@ -274,7 +301,7 @@ def _rewire(
         if i != NO_LEAF:
             leaves[k] = jnp.where(survivors[i], _take(leaves[k], origins[i]), start)
     if active.is_uncorrected is not None:
-        is_uncorrected = jax.tree.map(lambda new, i, s: new[i] | ~s, active.is_uncorrected, origin, survives)
+        is_uncorrected = jax.tree.map(lambda new, i, s: _take(new, i) | ~s, active.is_uncorrected, origin, survives)
         moved = moved._replace(is_uncorrected=is_uncorrected)
     updates = jax.tree.map(lambda u, new: u if is_masked(new) else new, updates, sparse_updates, is_leaf=is_masked)
     moved = moved._replace(ever_active=ever_active)
@@ -303,35 +330,42 @@ class ChangedLayer(NamedTuple):
 
 
 def _see(stored: StoredLayer) -> Layer:
-    mask = _mask(stored.indices, stored.grads)
-    weights = _scatter(stored.indices, stored.weights + stored.updates, mask)
-    return Layer(weights, mask, stored.grads, _unpack(stored.ever_active, mask), count=stored.indices.shape[0])
+    indices = stored.indices
+    mask = _mask(indices, stored.grads)
+    return Layer(
+        weights=_scatter(indices, stored.weights + stored.updates, stored.grads),
+        mask=mask,
+        grads=stored.grads,
+        ever_active=_unpack(stored.ever_active, mask),
+        count=indices.shape[0] if indices.ndim == 1 else None,
+    )
 
 
 def _change(stored: StoredLayer, layer: Layer, mask: jax.Array) -> Changed:
-    del layer
-    old, new = stored.indices, positions(mask, stored.indices.shape[0])
-    origin = jnp.minimum(jnp.searchsorted(old, new), old.shape[0] - 1)
-    survives = old[origin] == new
-    weights = (stored.weights + stored.updates)[origin]
+    old, parts = stored.indices, stored.indices.shape[:-1]
+    packed = _pack(mask, parts)
+    indices = _positions(packed, old.shape[-1])
+    origin, survives = row_by_row(places, parts)(_pack(layer.mask, parts), indices)
+    weights = _take(stored.weights + stored.updates, origin)
     changed = ChangedLayer(
-        indices=new,
+        indices=indices,
         origin=origin,
         survives=survives,
         weights=jnp.where(survives, weights, jnp.zeros_like(weights)),
         updates=jnp.where(_gather(old, mask), stored.updates, -stored.weights),
-        ever_active=stored.ever_active | _pack(mask),
+        ever_active=stored.ever_active | packed,
     )
-    num_new = num_true(~survives)
+    num_new = num_positions(indices) - num_true(survives)
     return Changed(changed, num_new, num_new)
 
 
 def _keep(stored: StoredLayer) -> ChangedLayer:
     indices = stored.indices
+    place = jax.lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1)
     return ChangedLayer(
         indices=indices,
-        origin=jnp.arange(indices.shape[0], dtype=jnp.int32),
-        survives=jnp.ones(indices.shape, bool),
+        origin=jnp.zeros_like(indices) + place,
+        survives=jnp.ones_like(indices, dtype=bool),
         weights=stored.weights + stored.updates,
         updates=stored.updates,
         ever_active=stored.ever_active,

@@ -151,9 +151,9 @@ def _see(stored: Any) -> Layer:
 
 
 def _change(stored: Any, layer: Layer, mask: jax.Array) -> Changed:
-    del stored
+    _, ever_active, *_ = stored
     activity = jnp.where(mask, jnp.where(layer.mask, ACTIVE, NEW), INACTIVE).astype(jnp.uint8)
-    return Changed((activity, layer.ever_active | mask), num_true(layer.mask & ~mask), num_true(mask & ~layer.mask))
+    return Changed((activity, ever_active | mask), num_true(layer.mask & ~mask), num_true(mask & ~layer.mask))
 
 
 def _keep(stored: Any) -> tuple[jax.Array, jax.Array]:

@@ -8,13 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# jax.lax and not ``x.at[indices]``: that first wraps negative indices, one more pass over all of them.
+from agent_optax.sparsity._shards import as_rows, from_rows, row_by_row
+
+# A single row by jax.lax and not by ``row.at[indices]``, which first wraps negative indices: one more pass over them.
 
 
-def entries_at(flat: jax.Array, indices: jax.Array) -> jax.Array:
-    """``flat[indices]`` for sorted, distinct positions inside."""
+def entries_at(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """``rows[indices]``, row by row, for sorted, distinct positions inside; zero for padding."""
+    if indices.ndim > 1:
+        take = lambda row, i: row.at[i].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)  # noqa: E731
+        return row_by_row(take, indices.shape[:-1])(rows, indices)
     return jax.lax.gather(
-        flat,
+        rows,
         indices[:, None],
         jax.lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)),
         slice_sizes=(1,),
@@ -24,14 +29,20 @@ def entries_at(flat: jax.Array, indices: jax.Array) -> jax.Array:
     )
 
 
-def with_entries_added(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """`flat` plus `values` at sorted, distinct positions inside."""
-    return _scattered(jax.lax.scatter_add, flat, indices, values)
+def with_entries_added(rows: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """`rows` plus `values` at sorted, distinct positions inside; nothing for padding."""
+    if indices.ndim > 1:
+        add = lambda row, i, v: row.at[i].add(v, mode="drop", indices_are_sorted=True, unique_indices=True)  # noqa: E731
+        return row_by_row(add, indices.shape[:-1])(rows, indices, values)
+    return _scattered(jax.lax.scatter_add, rows, indices, values)
 
 
-def with_entries_set(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """`flat` with `values` in place of its own at sorted, distinct positions inside."""
-    return _scattered(jax.lax.scatter, flat, indices, values)
+def with_entries_set(rows: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """`rows` with `values` in place of its own at sorted, distinct positions inside; nothing for padding."""
+    if indices.ndim > 1:
+        put = lambda row, i, v: row.at[i].set(v, mode="drop", indices_are_sorted=True, unique_indices=True)  # noqa: E731
+        return row_by_row(put, indices.shape[:-1])(rows, indices, values)
+    return _scattered(jax.lax.scatter, rows, indices, values)
 
 
 def _scattered(scatter: Callable[..., jax.Array], flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
@@ -53,8 +64,9 @@ class SparseUpdate:
     """The update of one leaf at its active entries: what `optax.apply_updates` adds with ``p + update``.
 
     Attributes:
-        indices: int32 [nnz], sorted flat positions in the parameter.
-        values: [nnz], what is added there.
+        indices: int32 [nnz], sorted flat positions in the parameter; for one that is split over devices by its type,
+            [*parts, capacity], positions in each part, and padding after the last.
+        values: like indices, what is added there.
     """
 
     __array_ufunc__ = None  # lets `numpy_array + update` reach __radd__
@@ -72,7 +84,8 @@ class SparseUpdate:
                 "dense_updates=True to sparsify when another transformation or wrapper works on its updates."
             )
         param = jnp.asarray(param)
-        return with_entries_added(param.reshape(-1), self.indices, self.values).reshape(param.shape)
+        rows = as_rows(param, self.indices.shape[:-1])
+        return from_rows(with_entries_added(rows, self.indices, self.values), param)
 
     def __repr__(self) -> str:
         """Shows the fields."""

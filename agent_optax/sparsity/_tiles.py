@@ -21,7 +21,7 @@ def split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     if spec is None:
         return x.reshape(shape)
     names = spec[axis]
-    devices = math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _as_tuple(names))
+    devices = _num_devices(x, names)
     both = (None, names) if number == 1 else (names, None) if number % devices == 0 else (None, None)
     return jax.lax.reshape(x, shape, out_sharding=_like(x, (*spec[:axis], *both, *spec[axis + 1 :])))
 
@@ -30,6 +30,25 @@ def join_axes(x: jax.Array, like: jax.Array) -> jax.Array:
     """What `split_axis` made of an array shaped and laid out as `like`, whole again."""
     spec = _explicit_spec(like)
     return x.reshape(like.shape) if spec is None else jax.lax.reshape(x, like.shape, out_sharding=_like(like, spec))
+
+
+def reshape_after(x: jax.Array, num_kept: int, shape: tuple[int, ...]) -> jax.Array:
+    """The axes after the first `num_kept` in this shape; with explicit sharding each device has them whole then."""
+    shape = (*x.shape[:num_kept], *shape)
+    spec = _explicit_spec(x)
+    if spec is None:
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=_like(x, (*spec[:num_kept], *(None,) * (len(shape) - num_kept))))
+
+
+def explicit_parts(x: jax.Array) -> tuple[int, ...]:
+    """Into how many parts each axis is split over devices, as far as the type of the array tells."""
+    spec = _explicit_spec(x)
+    return (1,) * x.ndim if spec is None else tuple(_num_devices(x, names) for names in spec)
+
+
+def _num_devices(x: jax.Array, names: str | tuple[str, ...] | None) -> int:
+    return math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _as_tuple(names))
 
 
 def _explicit_spec(x: jax.Array) -> tuple[str | tuple[str, ...] | None, ...] | None:

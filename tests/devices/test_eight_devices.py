@@ -88,7 +88,7 @@ RUNS = [
     ("saga-set_", Layout(AUTO, WHOLE)),
     ("saga-set_", Layout(EXPLICIT, SHARDED)),
     ("agent-rigl-compact", Layout(AUTO, SHARDED)),
-    ("agent-rigl-compact", Layout(EXPLICIT, WHOLE)),  # a gather from all devices: explicit sharding refuses it
+    ("agent-rigl-compact", Layout(EXPLICIT, WHOLE)),
 ]
 
 
@@ -216,6 +216,34 @@ else:
             jax.tree_util.tree_leaves_with_path(opt_state), jax.tree.leaves(expected), strict=True
         ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (jax.tree_util.keystr(path), leaf.sharding)
+
+    @pytest.mark.parametrize("num_devices", [8, 2, 1])
+    def test_compact_rows_of_eight_explicit_devices(num_devices: int) -> None:
+        """Each device holds the active entries of its part; the state goes on wherever it is put."""
+        tx = OPTIMIZERS["agent-rigl-compact"]()
+        expected_params, expected_state, expected_values = on_one_device("agent-rigl-compact")
+        mesh = mesh_of(EXPLICIT)
+        with set_mesh(mesh):
+            params = place(initial_params(), mesh, SHARDED)
+            params, opt_state = begin(tx, params)
+            kernels = jax.tree.leaves(opt_state.active_weights.indices)
+            assert all(i.shape[0] == 8 and i.sharding.spec[0] == "data" for i in kernels)
+            batches = place(all_batches(), mesh, PartitionSpec(None, "data"))
+            params, opt_state, values = go_on(tx, params, opt_state, batches, EPOCHS - 1)
+            spread = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, opt_state))
+        written = jax.device_get((params, opt_state))
+        mesh = jax.make_mesh((num_devices,), ("data",), (EXPLICIT,), devices=jax.devices()[:num_devices])
+        with set_mesh(mesh):
+            restored = jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), written, spread)
+            batches = place(all_batches(), mesh, PartitionSpec(None, "data"))
+            params, opt_state, last_values = go_on(tx, *restored, batches, 1)
+            masks = agent_optax.active_masks(opt_state, params)
+        np.testing.assert_allclose([*values, *last_values], expected_values, rtol=1e-5)
+        assert_close(jax.device_get(params), expected_params)
+        expected_masks = agent_optax.active_masks(expected_state, expected_params)
+        assert_close(*(jax.tree.leaves(jax.device_get(m)) for m in (masks, expected_masks)))
+        expected = agent_optax.diagnostics(expected_state)
+        assert_close(jax.device_get(agent_optax.diagnostics(opt_state)), jax.device_get(expected))
 
     @pytest.mark.parametrize("topology", [agent_optax.rigl, agent_optax.set_], ids=["rigl", "set_"])
     def test_topology_update_moves_scalars_only(topology: Any) -> None:
