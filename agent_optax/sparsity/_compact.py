@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.sparsity._masked_update import NO_LEAF, TracedUpdate, leaf_of_each_state
@@ -138,6 +141,21 @@ def compact_start(masks: Any, is_static: bool, counts: Any) -> CompactActive:
 
 def _positions(packed: jax.Array, capacity: int) -> jax.Array:
     return row_by_row(functools.partial(positions, capacity=capacity), packed.shape[:-1])(packed)
+
+
+def warn_if_gathered(params: optax.Params, masks: Any, names: Sequence[str]) -> None:
+    """Warns of a leaf that is split over devices without its type telling; outside `jit`, where that is known."""
+    leaves, treedef = jax.tree.flatten(params)
+    pruned = [leaf for leaf, mask in zip(leaves, treedef.flatten_up_to(masks), strict=True) if not is_masked(mask)]
+    for name, leaf in zip(names, pruned, strict=True):
+        is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if is_known and not leaf.sharding.is_fully_replicated and not parts_of(leaf):
+            warnings.warn(
+                f"{name} is split over devices ({leaf.sharding}) under automatic sharding, which storage='compact' "
+                "cannot see inside jax.jit: every step will gather its active entries on each device. Use a mesh with "
+                "explicit axis types (jax.sharding.AxisType.Explicit), or storage='dense'.",
+                stacklevel=3,
+            )
 
 
 def follow_points(active: CompactActive, inner_state: optax.OptState) -> CompactActive:
@@ -278,34 +296,30 @@ def _rewire(
     weights = active.gather(params)  # once more: an ordinary step may not need it
     new_weights = jax.tree.map(lambda u, w: w if is_masked(u) else w + u, updates, weights, is_leaf=is_masked)
     usable = all_finite((grads, new_weights))
-    structure = jax.tree.structure(params)
-    leaves = structure.flatten_up_to
+    leaves = jax.tree.structure(params).flatten_up_to
     stored = [
         StoredLayer(*of_layer)
         for of_layer in zip(*map(leaves, (active.indices, weights, updates, grads, active.ever_active)), strict=True)
         if not is_masked(of_layer[0])
     ]
-    changed, state = rewired(
-        optimizer, COMPACT_LAYERS, stored, optimizer.patterns(params, active.indices)[1], usable, state
-    )
+    patterns = optimizer.patterns(params, active.indices)[1]
+    changed, state = rewired(optimizer, COMPACT_LAYERS, stored, patterns, usable, state)
     like = jax.tree.structure(active.indices)
-    indices, origin, survives, values, sparse_updates, ever_active = (
-        like.unflatten(new) for new in zip(*changed, strict=True)
-    )
-    moved = active._replace(indices=indices)
-    fresh = inner.init(jax.tree.map(lambda v, w: w if is_masked(v) else v, values, new_weights, is_leaf=is_masked))
-    origins, survivors = (jax.tree.structure(weights).flatten_up_to(t) for t in (origin, survives))
+    new = ChangedLayer(*(like.unflatten([layer[k] for layer in changed]) for k in range(len(ChangedLayer._fields))))
+
+    fresh = inner.init(jax.tree.map(lambda v, w: w if is_masked(v) else v, new.weights, new_weights, is_leaf=is_masked))
+    origins, survivors = leaves(new.origin), leaves(new.survives)
     leaf_of_state = leaf_of_each_state(inner, state.inner_state, active.indices, weights, exempt="point_fields")
-    leaves, treedef = jax.tree.flatten(state.inner_state)
+    states, treedef = jax.tree.flatten(state.inner_state)
     for k, (i, start) in enumerate(zip(leaf_of_state, jax.tree.leaves(fresh), strict=True)):
         if i != NO_LEAF:
-            leaves[k] = jnp.where(survivors[i], _take(leaves[k], origins[i]), start)
-    if active.is_uncorrected is not None:
-        is_uncorrected = jax.tree.map(lambda new, i, s: _take(new, i) | ~s, active.is_uncorrected, origin, survives)
-        moved = moved._replace(is_uncorrected=is_uncorrected)
-    updates = jax.tree.map(lambda u, new: u if is_masked(new) else new, updates, sparse_updates, is_leaf=is_masked)
-    moved = moved._replace(ever_active=ever_active)
-    return state._replace(inner_state=treedef.unflatten(leaves), active_weights=moved), updates
+            states[k] = jnp.where(survivors[i], _take(states[k], origins[i]), start)
+    is_uncorrected = active.is_uncorrected
+    if is_uncorrected is not None:
+        is_uncorrected = jax.tree.map(lambda u, i, s: _take(u, i) | ~s, is_uncorrected, new.origin, new.survives)
+    active = active._replace(indices=new.indices, is_uncorrected=is_uncorrected, ever_active=new.ever_active)
+    updates = jax.tree.map(lambda u, v: u if is_masked(v) else v, updates, new.updates, is_leaf=is_masked)
+    return state._replace(inner_state=treedef.unflatten(states), active_weights=active), updates
 
 
 class StoredLayer(NamedTuple):

@@ -141,7 +141,7 @@ def _rewire(
         if not is_masked(of_layer[0])
     ]
     changed, carried = rewired(optimizer, DENSE_LAYERS, stored, optimizer.patterns(params, masks)[1], usable, carried)
-    activity, ever_active = (jax.tree.structure(masks).unflatten(new) for new in zip(*changed, strict=True))
+    activity, ever_active = (jax.tree.structure(masks).unflatten([new[k] for new in changed]) for k in range(2))
     return carried._replace(active_weights=DenseActive(activity, ever_active))
 
 

@@ -87,8 +87,8 @@ def rewired(
 ) -> tuple[list[Any], SparsifyState]:
     """What the storage will hold of each layer, and the state with key and counts.
 
-    Nothing changes unless `usable`: a gradient or weight is not finite. Layers that need no other layer change one
-    after the other, each in a conditional of its own, so that the temporary memory of one serves the next.
+    Nothing changes unless `usable`, which is False when a gradient or weight is not finite. Layers that need no other
+    layer change one after the other, each in a conditional of its own, so that the memory of one serves the next.
     """
     topology, step = optimizer.topology, state.topology_step
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))

@@ -18,6 +18,7 @@ from agent_optax.sparsity._compact import (
     compact_update,
     follow_points,
     likely_extra_args,
+    warn_if_gathered,
 )
 from agent_optax.sparsity._dense import dense_start, dense_update
 from agent_optax.sparsity._distribution import Distribution, erk
@@ -158,6 +159,7 @@ def sparsify(
         sparse_params = apply_masks(active, params)
         if storage == "compact":
             check(params, active, likely_extra_args(params), is_last_chance=False)
+            warn_if_gathered(params, active, names)
             active_weights = compact_start(active, topology.is_static, start.counts)
             inner_state = optimizer.inner.init(active_weights.gather(sparse_params))
             active_weights = follow_points(active_weights, inner_state)

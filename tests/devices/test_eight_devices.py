@@ -245,6 +245,13 @@ else:
         expected = agent_optax.diagnostics(expected_state)
         assert_close(jax.device_get(agent_optax.diagnostics(opt_state)), jax.device_get(expected))
 
+    def test_compact_storage_says_where_it_would_gather() -> None:
+        tx = OPTIMIZERS["agent-rigl-compact"]()
+        with set_mesh(mesh_of(EXPLICIT)):
+            tx.init(place(initial_params(), mesh_of(EXPLICIT), SHARDED))  # a warning would be an error
+        with pytest.warns(UserWarning, match=r"kernel is split over devices .*'data'.* explicit axis types"):
+            tx.init(place(initial_params(), mesh_of(AUTO), SHARDED))
+
     @pytest.mark.parametrize("topology", [agent_optax.rigl, agent_optax.set_], ids=["rigl", "set_"])
     def test_topology_update_moves_scalars_only(topology: Any) -> None:
         """Under automatic sharding, where the compiler chooses what to move."""
