@@ -23,7 +23,7 @@ quickstart: .venv/.installed-examples
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)  # a file's tests share what they compile
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 docs: .venv/.installed-docs
 	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html $(ARGS)

@@ -88,7 +88,6 @@ RUNS = [
     ("saga-set_", Layout(AUTO, WHOLE)),
     ("saga-set_", Layout(EXPLICIT, SHARDED)),
     ("agent-rigl-compact", Layout(AUTO, SHARDED)),
-    ("agent-rigl-compact", Layout(EXPLICIT, WHOLE)),
 ]
 
 
@@ -217,8 +216,7 @@ else:
         ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (jax.tree_util.keystr(path), leaf.sharding)
 
-    @pytest.mark.parametrize("num_devices", [8, 2, 1])
-    def test_compact_rows_of_eight_explicit_devices(num_devices: int) -> None:
+    def test_compact_rows_of_eight_explicit_devices_go_on_on_two() -> None:
         """Each device holds the active entries of its part; the state goes on wherever it is put."""
         tx = OPTIMIZERS["agent-rigl-compact"]()
         expected_params, expected_state, expected_values = on_one_device("agent-rigl-compact")
@@ -232,7 +230,7 @@ else:
             params, opt_state, values = go_on(tx, params, opt_state, batches, EPOCHS - 1)
             spread = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, opt_state))
         written = jax.device_get((params, opt_state))
-        mesh = jax.make_mesh((num_devices,), ("data",), (EXPLICIT,), devices=jax.devices()[:num_devices])
+        mesh = jax.make_mesh((2,), ("data",), (EXPLICIT,), devices=jax.devices()[:2])
         with set_mesh(mesh):
             restored = jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), written, spread)
             batches = place(all_batches(), mesh, PartitionSpec(None, "data"))
