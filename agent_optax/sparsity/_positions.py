@@ -19,7 +19,8 @@ def positions(packed: jax.Array, capacity: int) -> jax.Array:
     ends = jnp.cumsum(_num_set(packed))
     starts = ends - _num_set(packed)
     # The byte of the j-th position: one less than how many bytes start at or before it.
-    starting = (place * starts[:1]).at[starts].add(1, mode="drop", indices_are_sorted=True)
+    zeros = place * starts[:1]  # on the device of this row
+    starting = zeros.at[starts].add(1, mode="drop", indices_are_sorted=True)
     byte = jnp.cumsum(starting) - 1
     rank, bits = place - starts[byte], packed[byte]
     # Where in its byte: as many places as there are leading bits with at most `rank` set.

@@ -9,7 +9,7 @@ import numpy as np
 from agent_optax.sparsity._positions import num_positions, places, positions
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(
     bits=st.lists(st.booleans(), max_size=70).flatmap(lambda bits: st.tuples(st.just(bits), st.permutations(bits))),
     padding=st.integers(0, 3),
