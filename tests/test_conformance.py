@@ -101,7 +101,7 @@ def test_init_works_under_jit_and_shares_no_buffer_with_the_parameters(case: Cas
     jax.block_until_ready(jax.jit(lambda *both: both, donate_argnums=(0, 1))(params, opt_state))  # else: donated twice
 
 
-@each({name: case for name, case in CASES.items() if name in TYPICAL_CASES or "sparsify" not in name})
+@each(CASES)
 def test_inject_hyperparams_scan_and_cond_change_nothing(case: Case) -> None:
     tx = optax.inject_hyperparams(case.factory, static_args=case.static_args)(**case.hyperparams)
     params, opt_state = run_from_the_start(case, tx)

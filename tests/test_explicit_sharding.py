@@ -98,8 +98,8 @@ else:
         if "compact" not in case.name:
             return run
         params, opt_state = run
-        inactive = jax.tree.map(lambda p: p == 0, params)
-        return params, inactive, agent_optax.diagnostics(opt_state)
+        masks = jax.tree.leaves(agent_optax.active_masks(opt_state, params))
+        return params, masks, agent_optax.diagnostics(opt_state)
 
     @pytest.mark.parametrize(
         "name", ["sparsify-rigl-momentum", "sparsify-set_-momentum", "sparsify-compact-rigl-agent"]

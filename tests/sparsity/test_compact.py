@@ -95,7 +95,7 @@ def test_dense_and_compact_agree(optimizer: str, topology: str) -> None:
     chex.assert_trees_all_close(agent_optax.diagnostics(compact_state), agent_optax.diagnostics(dense_state))
 
 
-@settings(max_examples=3)
+@settings(max_examples=4)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
