@@ -14,7 +14,7 @@ from agent_optax.analysis._batches import check_batches, dot, tree_total, widene
 from agent_optax.correction._evaluate import value_and_grads
 from agent_optax.correction._find import find_corrections, map_corrections
 from agent_optax.correction._state import CorrectGradientsState
-from agent_optax.sparsity._compact import CompactActive
+from agent_optax.sparsity._compact_active import CompactActive
 from agent_optax.sparsity._dense import DenseActive
 
 

@@ -10,7 +10,7 @@ import optax
 
 from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.sparsity._bayesian_rewiring import NEW_WEIGHT
-from agent_optax.sparsity._compact import has_point
+from agent_optax.sparsity._compact_active import has_point
 from agent_optax.sparsity._rewiring import SparseOptimizer, when
 from agent_optax.sparsity._selection import random_scores
 from agent_optax.sparsity._state import SparsifyState, apply_masks, total

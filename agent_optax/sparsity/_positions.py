@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agent_optax.sparsity._selection import num_true
+
 
 def positions(packed: jax.Array, capacity: int) -> jax.Array:
     """int32 [capacity]: the sorted positions of the set bits of bytes, most significant bit first; then padding.
@@ -44,7 +46,7 @@ def places(packed: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Arra
 
 def num_positions(indices: jax.Array) -> jax.Array:
     """int32: how many are not padding."""
-    return jnp.sum(indices < _padding(indices.shape[-1]), dtype=jnp.int32)
+    return num_true(indices < _padding(indices.shape[-1]))
 
 
 def _padding(capacity: int) -> int:

@@ -11,15 +11,8 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax._validation import check_fraction, check_part, is_concrete_number
-from agent_optax.sparsity._compact import (
-    as_dense_updates,
-    check_compact,
-    compact_start,
-    compact_update,
-    follow_points,
-    likely_extra_args,
-    warn_if_gathered,
-)
+from agent_optax.sparsity._compact import as_dense_updates, check_compact, compact_update, likely_extra_args
+from agent_optax.sparsity._compact_active import compact_start, follow_points, warn_if_gathered
 from agent_optax.sparsity._dense import dense_start, dense_update
 from agent_optax.sparsity._distribution import Distribution, erk
 from agent_optax.sparsity._latent import latent_start, latent_update, with_points
