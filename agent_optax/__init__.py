@@ -2,6 +2,11 @@
 
 from agent_optax import adversarial as adversarial
 from agent_optax import analysis as analysis
+from agent_optax import coefficients as coefficients
+from agent_optax import memories as memories
+from agent_optax import patterns as patterns
+from agent_optax import topologies as topologies
+from agent_optax import typing as typing
 from agent_optax._diagnostics import diagnostics
 from agent_optax.correction import (
     CorrectGradientsState,
@@ -26,6 +31,7 @@ from agent_optax.correction import (
     value_and_grads,
 )
 from agent_optax.sparsity import (
+    SparseUpdate,
     SparsifyState,
     active_masks,
     at_random,
@@ -115,4 +121,5 @@ __all__ = [
     "diagnostics",
     "CorrectGradientsState",
     "SparsifyState",
+    "SparseUpdate",
 ]

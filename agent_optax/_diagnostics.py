@@ -1,4 +1,4 @@
-"""What an optimizer state tells about correction and sparsity."""
+"""What an optimizer state says about correction and sparsity."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import jax
 import optax
 
 from agent_optax.correction._find import find_corrections
-from agent_optax.sparsity._state import find_sparsify
+from agent_optax.sparsity._state import count_nonzero_inactive, find_sparsify
 
 
-def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -> dict[str, jax.Array]:
     r"""Scalars that say how correction and sparsity are doing; cheap, and works under jit.
 
     Args:
         opt_state: the state of an optimizer that holds `correct_gradients` or `sparsify`, at any depth; the first of
             each is reported.
+        params: the parameters, in which to count inactive weights that are not zero. Default None: as counted at the
+            last topology update.
 
     Returns:
         A dictionary. From the correction: ``correlation``, the smoothed c before scaling; ``correction_weight``,
         :math:`w = \gamma c`; ``variance_ratio``, the coefficient's own estimate of the variance of the corrected
-        gradient over that of the raw one (nan before anything is measured and for constant coefficients; for
-        `loss_regression` it is a stand-in computed from losses). From `sparsify`: ``sparsity``, the exact share of
-        inactive weights in pruned leaves; ``exploration_rate``, ITOP's :math:`R_s`, the share of weights that were ever
-        active; ``num_dropped`` and ``num_grown``, of the last topology update; ``num_topology_updates`` and
-        ``num_skipped_updates``.
+        gradient over that of the raw one (for `loss_regression` a stand-in computed from losses), and
+        ``variance_ratio_known``, False before anything is measured and for constant coefficients, when the ratio is 1.
+        From `sparsify`: ``sparsity``, the exact share of inactive weights in pruned leaves; ``exploration_rate``,
+        ITOP's :math:`R_s`, the share of weights that were ever active; ``num_dropped`` and ``num_grown``, of the last
+        topology update; ``num_nonzero_inactive``, inactive weights that are not zero: more than none means that the run
+        did not start from `mask_params`, or that something outside `sparsify` changes its updates;
+        ``num_topology_updates`` and ``num_skipped_updates``.
 
     Raises:
         ValueError: if `opt_state` holds neither.
@@ -43,7 +47,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     if corrections:
         report["correlation"] = corrections[0].coefficient_state.correlation
         report["correction_weight"] = corrections[0].correction_weight()
-        report["variance_ratio"] = corrections[0].variance_ratio()
+        report["variance_ratio"], report["variance_ratio_known"] = corrections[0].variance_ratio()
     sparse = find_sparsify(opt_state)
     if sparse:
         state = sparse[0]
@@ -51,6 +55,9 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         report["exploration_rate"] = state.exploration_rate()
         report["num_dropped"] = state.num_dropped
         report["num_grown"] = state.num_grown
+        report["num_nonzero_inactive"] = (
+            state.num_nonzero_inactive if params is None else count_nonzero_inactive(state.active_masks(params), params)
+        )
         report["num_topology_updates"] = state.num_topology_updates
         report["num_skipped_updates"] = state.num_skipped_updates
     if not report:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax._tree import wide_dtype
 from agent_optax._validation import check_number, is_concrete_number
 from agent_optax.adversarial._attack import check_classes
 
@@ -19,7 +20,7 @@ def kl_divergence(log_probs: jax.Array, adversarial_log_probs: jax.Array) -> jax
 
 def widen(logits: jax.Array) -> jax.Array:
     """`logits` in float32 at least: bfloat16 knows no number between 1 and 1.007."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(wide_dtype(logits.dtype))
 
 
 def check_beta(beta: Any) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agent_optax._tree import wide_dtype
 from agent_optax._validation import check_number, is_concrete_number
 
 
@@ -49,7 +50,7 @@ def linf_ball(inputs: jax.Array, epsilon: Any, bounds: tuple[float, float]) -> L
 
     An input outside `bounds` counts as far as it can: the bounds hold, the distance then may not.
     """
-    radius = _not_above(epsilon, jnp.promote_types(inputs.dtype, jnp.float32))
+    radius = _not_above(epsilon, wide_dtype(inputs.dtype))
     lowest, highest = -_not_above(-bounds[0], inputs.dtype), _not_above(bounds[1], inputs.dtype)
     return _corners(inputs, radius, lowest, highest)
 

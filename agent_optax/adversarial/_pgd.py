@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from agent_optax._tree import wide_dtype
 from agent_optax._validation import check_positive_int
 from agent_optax.adversarial._attack import (
     IterativeAttack,
@@ -141,7 +142,7 @@ def pgd(
             best = jnp.where(sample, point, best_point), jnp.where(higher, height, best_height)
             return best, None
 
-        lowest = jnp.full(len(inputs), -jnp.inf, jnp.promote_types(inputs.dtype, jnp.float32))
+        lowest = jnp.full(len(inputs), -jnp.inf, wide_dtype(inputs.dtype))
         nothing = jnp.clip(inputs, *ball), lowest
         (point, _), _ = jax.lax.scan(keep_highest, nothing, jnp.arange(restarts))
         return point

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from agent_optax._tree import wide_dtype
 from agent_optax._validation import check_number, check_positive_int, is_concrete_number
 from agent_optax.adversarial._attack import StopFn
 from agent_optax.adversarial._linf_ball import LinfBall
@@ -39,7 +40,7 @@ def sign_ascent(
     whose gradient is NaN stays where it is.
     """
     dtype = ball.lower.dtype
-    working = jnp.promote_types(dtype, jnp.float32)
+    working = wide_dtype(dtype)
     lower, upper = (corner.astype(working) for corner in ball)
     step_size = jnp.asarray(step_size, working)
     start = jnp.asarray(start, working)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from agent_optax._tree import wide_dtype
 from agent_optax._validation import check_number, is_concrete_number
 from agent_optax.adversarial._linf_ball import LinfBall
 
@@ -25,7 +26,7 @@ def as_key(key: Any) -> jax.Array:
 
 def uniform_start(key: jax.Array, inputs: jax.Array, epsilon: Any, ball: LinfBall) -> jax.Array:
     """`inputs` plus noise from U(-epsilon, epsilon), projected onto the ball."""
-    working = jnp.promote_types(inputs.dtype, jnp.float32)
+    working = wide_dtype(inputs.dtype)
     noise = jax.random.uniform(key, inputs.shape, working, -epsilon, epsilon)
     return jnp.clip(inputs + noise, *(corner.astype(working) for corner in ball))
 
@@ -40,5 +41,5 @@ def check_start_scale(start_scale: Any) -> None:
 
 def gaussian_start(key: jax.Array, inputs: jax.Array, start_scale: Any) -> jax.Array:
     """`inputs` plus noise from N(0, start_scale^2), not projected."""
-    working = jnp.promote_types(inputs.dtype, jnp.float32)
+    working = wide_dtype(inputs.dtype)
     return inputs + start_scale * jax.random.normal(key, inputs.shape, working)

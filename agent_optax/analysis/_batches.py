@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import check_floating, is_masked, select_active
+from agent_optax._tree import check_floating, is_masked, select_active, wide_dtype
 from agent_optax.sparsity._where import given_masks
 
 MaskedGrads = Callable[[optax.Params, Any], tuple[jax.Array, optax.Updates]]
@@ -64,9 +64,7 @@ def masked_grads(loss_fn: Callable[..., Any], masks: Any, has_aux: bool) -> Mask
 
 def widened(tree: optax.Updates) -> optax.Updates:
     """Leaves in float32, or float64 where they are."""
-    return jax.tree.map(
-        lambda x: x if is_masked(x) else x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree, is_leaf=is_masked
-    )
+    return jax.tree.map(lambda x: x if is_masked(x) else x.astype(wide_dtype(x.dtype)), tree, is_leaf=is_masked)
 
 
 def zeros_like_widened(params: optax.Params) -> optax.Updates:

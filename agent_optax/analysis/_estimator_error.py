@@ -12,10 +12,9 @@ import optax
 from agent_optax._tree import check_floating, conform, is_masked, select_active
 from agent_optax.analysis._batches import check_batches, dot, tree_total, widened
 from agent_optax.correction._evaluate import value_and_grads
-from agent_optax.correction._find import find_corrections, map_corrections
+from agent_optax.correction._find import StorageView, find_corrections, map_corrections
 from agent_optax.correction._state import CorrectGradientsState
-from agent_optax.sparsity._compact_active import CompactActive
-from agent_optax.sparsity._dense import DenseActive
+from agent_optax.sparsity._state import find_sparsify
 
 
 class EstimatorError(NamedTuple):
@@ -108,11 +107,10 @@ def estimator_error(
             pairs = _estimates(opt_state, params, grads, extras)
         else:
             updates, _ = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extras)
-            if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, grads):
+            if find_sparsify(opt_state) or jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, grads):
                 raise ValueError(
-                    f"the output of tx must be an estimate of the gradient, with the shapes of params, got "
-                    f"{jax.tree.map(jnp.shape, updates)}: pass the correction itself, such as "
-                    "agent_optax.correct_gradients(...), not an optimizer around it."
+                    "the output of tx must be an estimate of the gradient, with the shapes of params: pass the "
+                    "correction itself, such as agent_optax.correct_gradients(...), not an optimizer around it."
                 )
             pairs = [(grads, updates)]
         return tuple(widened([pair[i] for pair in pairs]) for i in (0, 1))  # type: ignore[return-value]
@@ -157,32 +155,18 @@ def _estimates(
     """The raw and the corrected gradient that each correction in the state would make, in its own storage."""
     pairs = []
 
-    def collect(state: CorrectGradientsState, view: Any) -> CorrectGradientsState:
-        seen = {**extras}
-        raw = _as_covered(state.memory_state, _as_stored(view, grads, params))
-        if "old_grads" in extras:
-            old_grads = _as_stored(view, extras["old_grads"], params)
-            if isinstance(view, CompactActive) and view.is_uncorrected is not None:
-                # As sparsify does: what has grown since the refresh has no mean gradient, and is not corrected.
-                is_corrected = jax.tree.map(jnp.logical_not, view.is_uncorrected)
-                old_grads = select_active(old_grads, is_corrected)
-            seen["old_grads"] = old_grads
-        recalled = state.memory_state.recall(raw, seen)
-        corrected = state.correct(raw, recalled)
-        if isinstance(view, DenseActive):  # the mean gradient of an inactive weight need not be zero
-            corrected = select_active(corrected, conform(view.masks(params), corrected))
-        pairs.append((raw, corrected))
+    def collect(state: CorrectGradientsState, view: StorageView) -> CorrectGradientsState:
+        seen, args = view.step_args(grads, params, extras)
+        raw = _as_covered(state.memory_state, seen)
+        corrected = state.correct(raw, state.memory_state.recall(raw, args))
+        masks = args.get(
+            "active_masks"
+        )  # where there are any, the mean gradient of an inactive weight need not be zero
+        pairs.append((raw, corrected if masks is None else select_active(corrected, conform(masks, corrected))))
         return state
 
     map_corrections(collect, opt_state)
     return pairs
-
-
-def _as_stored(view: Any, grads: optax.Updates, params: optax.Params) -> optax.Updates:
-    """As a correction behind `view` is given them: active entries only, or zeros elsewhere."""
-    if isinstance(view, DenseActive):
-        return select_active(grads, view.masks(params))
-    return view.gather(grads)
 
 
 def _as_covered(memory_state: Any, grads: optax.Updates) -> optax.Updates:

@@ -12,7 +12,7 @@ import optax
 from agent_optax.analysis._batches import tree_total
 from agent_optax.analysis._paired_moments import paired_moments
 from agent_optax.analysis._variance_ratio import ratio_at
-from agent_optax.correction._loss_regression import moments_of
+from agent_optax.correction.coefficients._loss_regression import moments_of
 
 
 class OptimalCoefficient(NamedTuple):
@@ -95,7 +95,8 @@ def optimal_coefficient(
             lambda c, cov, old: 2 * c * cov - c**2 * old, optimal, moments.covariance, moments.old_variance
         )
         least = 1 - tree_total(saved) / variance
-    loss_estimate = moments_of(moments.losses, moments.old_losses).slope()
+    slope = moments_of(moments.losses, moments.old_losses).slope()
+    loss_estimate = jnp.where(slope.is_known, slope.number, jnp.nan)
     return OptimalCoefficient(
         optimal=optimal,
         loss_estimate=loss_estimate,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax._tree import wide_dtype
 from agent_optax.analysis._batches import (
     check_batches,
     check_like_params,
@@ -73,5 +74,5 @@ def paired_moments(
     start = (zeros, zeros, scalars, scalars, scalars)
     (_, _, *sums), (losses, old_losses) = jax.lax.scan(add_batch, start, (jnp.arange(num_batches), batches))
     variance, old_variance, covariance = jax.tree.map(lambda total: total / num_batches, sums)
-    loss_dtype = jnp.promote_types(losses.dtype, jnp.float32)
+    loss_dtype = wide_dtype(losses.dtype)
     return PairedMoments(variance, old_variance, covariance, losses.astype(loss_dtype), old_losses.astype(loss_dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import select_active
+from agent_optax._tree import select_active, wide_dtype
 from agent_optax._validation import check_number, is_concrete_number
 from agent_optax.analysis._batches import checked_masks
 
@@ -65,7 +65,7 @@ def perturb(params: optax.Params, scale: float, key: Any, masks: Any = None) -> 
         ]
 
     def moved(index: int, p: jax.Array, count: Any) -> jax.Array:
-        wide = jnp.asarray(p, jnp.promote_types(jnp.result_type(p), jnp.float32))
+        wide = jnp.asarray(p, wide_dtype(jnp.result_type(p)))
         rms = jnp.sqrt(jnp.sum(wide**2) / jnp.maximum(count, 1))
         noise = jax.random.normal(jax.random.fold_in(key, index), wide.shape, wide.dtype)
         return (wide + scale * rms * noise).astype(jnp.result_type(p))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._validation import check_fraction, check_positive_int
-from agent_optax.correction._coefficient import constant
 from agent_optax.correction._correct import correct_gradients
-from agent_optax.correction._loss_regression import loss_regression
-from agent_optax.correction._recursion import recursion
-from agent_optax.correction._scheduled import scheduled
+from agent_optax.correction.coefficients._constant import constant
+from agent_optax.correction.coefficients._loss_regression import loss_regression
+from agent_optax.correction.coefficients._scheduled import scheduled
+from agent_optax.correction.memories._recursion import recursion
 
 
 def agent(

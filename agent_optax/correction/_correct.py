@@ -11,8 +11,8 @@ from agent_optax._tree import check_floating, conform, select_active, statistics
 from agent_optax._validation import check_number, check_part
 from agent_optax.correction._coefficient import Coefficient
 from agent_optax.correction._memory import Memory
-from agent_optax.correction._snapshot import snapshot
 from agent_optax.correction._state import CorrectGradientsState
+from agent_optax.correction.memories._snapshot import snapshot
 
 
 def correct_gradients(

@@ -13,20 +13,16 @@ from agent_optax.correction._find import map_corrections
 
 
 def evaluation_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params | None:
-    """The dense parameters at which the memories in `opt_state` want the old gradient; None when none does.
+    """The dense parameters at which the memories in `opt_state` need the old gradient; None if none does.
 
     Parameters that no memory covers (hidden by `optax.masked` or `optax.partition`) stay as in `params`.
     """
-
-    def point_of(memory_state: Any) -> optax.Params | None:
-        return memory_state.evaluation_point() if hasattr(memory_state, "evaluation_point") else None
-
-    return _merged_points(opt_state, params, point_of)
+    return _merged_points(opt_state, params, lambda memory_state: memory_state.evaluation_point())
 
 
 def snapshot_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params | None:
-    """The dense parameters at which the snapshots in `opt_state` lie; None when there is no snapshot."""
-    return _merged_points(opt_state, params, lambda memory_state: getattr(memory_state, "snapshot", None))
+    """The dense parameters at which the snapshots in `opt_state` lie; None if there is no snapshot."""
+    return _merged_points(opt_state, params, lambda memory_state: memory_state.refresh_point())
 
 
 def _merged_points(

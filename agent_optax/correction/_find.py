@@ -11,8 +11,10 @@ import optax
 from agent_optax.correction._state import CorrectGradientsState
 
 
-class DenseView:
-    """How a correction stores parameters unless a wrapper says otherwise: as they are."""
+class StorageView:
+    """How a correction stores parameters: as they are, unless the state of a wrapper provides another view."""
+
+    __slots__ = ()
 
     def gather(self, tree: Any) -> Any:
         """From dense parameters to the storage of the correction."""
@@ -23,40 +25,61 @@ class DenseView:
         del params
         return tree
 
+    def step_args(
+        self, grads: optax.Updates, params: optax.Params, extra_args: dict[str, Any]
+    ) -> tuple[optax.Updates, dict[str, Any]]:
+        """The dense gradient and the extra arguments of a step, as the correction gets them."""
+        del params
+        return grads, extra_args
 
-def _stops(node: Any) -> bool:
-    return isinstance(node, CorrectGradientsState) or hasattr(node, "storage_view")
+
+class CorrectionWrapper:
+    """Base class of the state of an optimizer that stores the parameters of the corrections inside in its own way."""
+
+    __slots__ = ()
+
+    inner_state: Any  # in which the corrections are
+
+    def storage_view(self) -> StorageView:
+        """How the inner state stores parameters."""
+        raise NotImplementedError
+
+    def points_moved(self) -> Any:
+        """The state after the memories in the inner state have moved to the current parameters."""
+        raise NotImplementedError
 
 
 def map_corrections(
-    fn: Callable[[CorrectGradientsState, Any], CorrectGradientsState],
+    fn: Callable[[CorrectGradientsState, StorageView], CorrectGradientsState],
     opt_state: optax.OptState,
-    view: Any = None,
+    view: StorageView | None = None,
     moves_points: bool = False,
 ) -> optax.OptState:
     """Applies ``fn(state, view)`` to each correction; `view` tells how it stores parameters.
 
-    A wrapper that stores them in its own way has a method ``storage_view``, a field ``inner_state``, and a method
-    ``points_moved`` that is told when `fn` has moved the points of evaluation (``moves_points=True``).
+    With ``moves_points=True``, `fn` moves the points of evaluation, and wrappers are notified.
     """
-    view = DenseView() if view is None else view
+    seen = StorageView() if view is None else view
 
     def visit(node: Any) -> Any:
         if isinstance(node, CorrectGradientsState):
-            return fn(node, view)
-        if hasattr(node, "storage_view"):
-            node = node._replace(inner_state=map_corrections(fn, node.inner_state, node.storage_view(), moves_points))
+            return fn(node, seen)
+        if isinstance(node, CorrectionWrapper):
+            inner_state = map_corrections(fn, node.inner_state, node.storage_view(), moves_points)
+            node = node._replace(inner_state=inner_state)  # type: ignore[attr-defined]  # a NamedTuple
             return node.points_moved() if moves_points else node
         return node
 
-    return jax.tree.map(visit, opt_state, is_leaf=_stops)
+    return jax.tree.map(
+        visit, opt_state, is_leaf=lambda node: isinstance(node, (CorrectGradientsState, CorrectionWrapper))
+    )
 
 
 def find_corrections(opt_state: optax.OptState) -> list[CorrectGradientsState]:
     """All corrections in a state."""
     found: list[CorrectGradientsState] = []
 
-    def collect(state: CorrectGradientsState, view: Any) -> CorrectGradientsState:
+    def collect(state: CorrectGradientsState, view: StorageView) -> CorrectGradientsState:
         del view
         found.append(state)
         return state

@@ -8,9 +8,9 @@ import optax
 
 from agent_optax._validation import check_fraction, check_number
 from agent_optax.correction._clip_tensors import clip_tensors
-from agent_optax.correction._coefficient import constant
 from agent_optax.correction._correct import correct_gradients
-from agent_optax.correction._difference import difference
+from agent_optax.correction.coefficients._constant import constant
+from agent_optax.correction.memories._difference import difference
 
 
 def mars_correction(

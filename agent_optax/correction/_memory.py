@@ -6,44 +6,74 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import conform
+from agent_optax._estimate import Estimate
+from agent_optax._tree import conform, keep_finite
 
 
 class Recalled(NamedTuple):
-    """What a memory has to say about the batch of the current step.
+    """What a memory knows about the batch of the current step.
 
-    An entry about which it has nothing to say has its old gradient for its mean, and so no correction.
+    Where it knows nothing about an entry, the old gradient of the entry equals its mean, so there is no correction.
     """
 
     old_grads: optax.Updates  # like the gradient: the old gradient of the same batch
     mean_grads: optax.Updates  # like the gradient: the mean that old_grads scatters around
     is_known: jax.Array  # bool []: False until the memory has something to recall
-    old_loss: jax.Array | None  # float []: the loss that belongs to old_grads; None when nobody told it
-    told_by_refresh: bool = False  # whether refresh, and not each step, feeds the coefficient and counts its time
-    written: Any = None  # what the memory has written already, for its own `Memory.remember`
+    old_loss: jax.Array | None = None  # float []: the loss that belongs to old_grads; None if update() must be given it
+    is_old_loss_known: jax.Array | bool = True  # bool []: whether a loss was passed when old_grads was stored
+    updated_by_refresh: bool = False  # whether refresh() updates the coefficient, instead of each step
+    written: Any = None  # what the memory has already written, for its own `Memory.remember`
 
 
-class MemoryState(Protocol):
-    """The state of a memory; a NamedTuple with these methods.
+class MemoryState:
+    """Base class of the state of a memory, which is a NamedTuple too.
 
-    A memory that wants the gradient of the current batch at other parameters has a method ``evaluation_point()``; one
-    that `refresh` moves has ``refreshed(...)`` and ``num_cached_batches()``, as `SnapshotState`. When weights grow,
-    `sparsify` sets their entries to the value from `Memory.init`, but for the fields that ``dense_fields()`` and
-    ``point_fields()`` name; ``moves_every_step()`` tells that those points move with each step.
+    ``class MyState(MyFields, MemoryState)``, where ``MyFields`` is the NamedTuple. Only `recall` has no default.
     """
 
+    __slots__ = ()
+
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
-        """Returns the old gradient and its mean for the current step."""
-        ...
+        """The old gradient and its mean for the current step."""
+        raise NotImplementedError
+
+    def evaluation_point(self) -> optax.Params | None:
+        """The parameters at which `value_and_grads` evaluates a second gradient; None for no second gradient."""
+        return None
+
+    def refresh_point(self) -> optax.Params | None:
+        """The parameters that `refresh` moves; None for a memory that has no refresh pass.
+
+        A memory that has one has a method ``refreshed(params, mean_grads, batch_grads, losses)`` too, which returns its
+        state after a pass at `params`: `batch_grads` [N, ...] if it caches batches, losses [N].
+        """
+        return None
+
+    def num_cached_batches(self) -> int | None:
+        """The number of batches a refresh pass must have, whose gradients are kept; None for any number."""
+        return None
+
+    def dense_fields(self) -> tuple[str, ...]:
+        """Fields that dense storage never resets: when a weight grows, its entries there keep their values."""
+        return ()
+
+    def point_fields(self) -> tuple[str, ...]:
+        """Fields that hold a stored point: in compact storage they keep the active positions they were stored with."""
+        return ()
+
+    def moves_every_step(self) -> bool:
+        """Whether the stored point moves with each step, instead of with `refresh`."""
+        return False
 
 
 class Memory(Protocol):
     """Where the old gradient comes from: `snapshot()`, `recursion()`, `table()`, `history()`, ..."""
 
     def init(self, params: optax.Params) -> Any:
-        """Returns the empty memory for these parameters."""
+        """Returns the empty memory for these parameters, a `MemoryState`."""
         ...
 
     def remember(
@@ -59,12 +89,20 @@ class Memory(Protocol):
         ...
 
     def default_coefficient(self) -> Any:
-        """Returns the coefficient that fits what this memory is told at each step."""
+        """Returns the coefficient that fits what this memory knows at each step."""
         ...
 
 
+def passed_loss(extra_args: Mapping[str, Any], last: jax.Array) -> Estimate:
+    """The extra argument `value`, in the dtype of `last`; unknown, and then `last`, if it is missing or not finite."""
+    if extra_args.get("value") is None:
+        return Estimate(last, jnp.zeros_like(last, dtype=bool))
+    loss = jnp.zeros_like(last) + jnp.asarray(extra_args["value"]).astype(last.dtype)
+    return Estimate(keep_finite(loss, last), jnp.isfinite(loss))
+
+
 def required(extra_args: Mapping[str, Any], name: str, memory: str) -> Any:
-    """Returns the extra argument `name` of `update`, or says how to supply it."""
+    """Returns the extra argument `name` of `update`, or raises an error that says how to supply it."""
     if extra_args.get(name) is None:
         raise ValueError(
             f"correct_gradients(memory={memory}) needs the extra argument {name}= of update, which is missing. "
@@ -75,11 +113,11 @@ def required(extra_args: Mapping[str, Any], name: str, memory: str) -> Any:
 
 
 def required_old_grads(extra_args: Mapping[str, Any], memory: str, grads: optax.Updates) -> optax.Updates:
-    """Returns the extra argument `old_grads`, with what is hidden in `grads` hidden, or says what is wrong with it."""
+    """Returns the extra argument `old_grads`, with leaves hidden where they are hidden in `grads`."""
     old_grads = required(extra_args, "old_grads", memory)
     try:
         old_grads = conform(old_grads, grads)
-        shapes, old_shapes = (jax.tree.map(jax.numpy.shape, tree) for tree in (grads, old_grads))
+        shapes, old_shapes = (jax.tree.map(jnp.shape, tree) for tree in (grads, old_grads))
     except (TypeError, ValueError):  # the trees have different nodes
         shapes, old_shapes = jax.tree.structure(grads), jax.tree.structure(old_grads)
     if shapes != old_shapes:
@@ -91,7 +129,7 @@ def required_old_grads(extra_args: Mapping[str, Any], memory: str, grads: optax.
 
 
 def required_params(params: optax.Params | None, memory: str) -> optax.Params:
-    """Returns `params`, or says how to supply them."""
+    """Returns `params`, or raises an error that says how to supply them."""
     if params is None:
         raise ValueError(
             f"correct_gradients(memory={memory}) remembers the parameters of each step, but update got none: call "

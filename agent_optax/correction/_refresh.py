@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import all_finite, conform, statistics_dtype
+from agent_optax._tree import all_finite, conform, statistics_dtype, wide_dtype
 from agent_optax.correction._evaluate import snapshot_point
 from agent_optax.correction._find import find_corrections, map_corrections
-from agent_optax.correction._rows import put_row
 from agent_optax.correction._state import CorrectGradientsState
+from agent_optax.correction.memories._rows import put_row
 
 
 def refresh(
@@ -119,7 +119,7 @@ def snapshot_params(opt_state: optax.OptState, params: optax.Params) -> optax.Pa
 
 
 def _refreshable(opt_state: optax.OptState) -> list[CorrectGradientsState]:
-    return [state for state in find_corrections(opt_state) if hasattr(state.memory_state, "refreshed")]
+    return [state for state in find_corrections(opt_state) if state.memory_state.refresh_point() is not None]
 
 
 def _is_stacked(batches: Any) -> bool:
@@ -153,9 +153,7 @@ def _check_cached(opt_state: optax.OptState, num_batches: int, is_lower_bound: b
 def _sums_like(params: optax.Params, opt_state: optax.OptState) -> list[optax.Updates]:
     """Zeros for the sum of gradients of each refreshable memory, in the memory's own storage, at least float32."""
     return [
-        jax.tree.map(
-            lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), s.memory_state.mean_grads
-        )
+        jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x.dtype)), s.memory_state.mean_grads)
         for s in _refreshable(opt_state)
     ]
 
@@ -181,10 +179,10 @@ def _add_batch(loss_fn, has_aux, params, opt_state, sums, inputs):
     remaining = list(sums)
 
     def add(state, view):
-        if hasattr(state.memory_state, "refreshed"):
+        if state.memory_state.refresh_point() is not None:
             total = remaining.pop(0)
             batch_grads = conform(view.gather(grads), total)
-            added.append(jax.tree.map(lambda t, g: t + g, total, batch_grads))
+            added.append(jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, batch_grads))
             if state.memory_state.num_cached_batches() is not None:
                 rows = state.memory_state.cached_grads
                 kept.append(jax.tree.map(lambda g, row: g.astype(row.dtype), batch_grads, rows))
@@ -200,7 +198,7 @@ def _finish(params, opt_state, sums, rows, losses, old_losses):
     remaining, remaining_rows = list(sums), list(rows)
 
     def renew(state, view):
-        if not hasattr(state.memory_state, "refreshed"):
+        if state.memory_state.refresh_point() is None:
             return state
         memory_state = state.memory_state
         is_caching = memory_state.num_cached_batches() is not None
@@ -221,7 +219,7 @@ def _finish(params, opt_state, sums, rows, losses, old_losses):
 def _scan_pass(loss_fn, has_aux, params, opt_state, batches, args):
     def body(sums, batch):
         sums, rows, losses = _add_batch(loss_fn, has_aux, params, opt_state, sums, (batch, *args))
-        return sums, (rows, losses)  # rows are outputs, not carried: a carried table is copied at every turn
+        return sums, (rows, losses)  # rows are outputs, not carried: a carried table is copied in every iteration
 
     sums, (rows, (losses, old_losses)) = jax.lax.scan(body, _sums_like(params, opt_state), batches)
     return _finish(params, opt_state, sums, rows, losses, old_losses)

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax._estimate import Estimate
+from agent_optax._tree import wide_dtype
 from agent_optax.correction._memory import Recalled
 
 
 class CorrectGradientsState(NamedTuple):
     """State of `correct_gradients`."""
 
-    memory_state: Any  # the state of the memory, such as SnapshotState or HistoryState
-    coefficient_state: Any  # the state of the coefficient, such as LossRegressionState
+    memory_state: Any  # of the memory, a MemoryState such as SnapshotState
+    coefficient_state: Any  # of the coefficient, a CoefficientState such as LossRegressionState
     correction_scaling: jax.Array  # float []: gamma
 
     def correct(self, grads: optax.Updates, recalled: Recalled) -> optax.Updates:
@@ -24,8 +26,9 @@ class CorrectGradientsState(NamedTuple):
         weights = treedef.unflatten([self.correction_scaling * c for c in self.coefficient_state.per_leaf(len(leaves))])
 
         def corrected(g: jax.Array, w: jax.Array, old: jax.Array, mean: jax.Array) -> jax.Array:
-            correction = w.astype(g.dtype) * (old - mean).astype(g.dtype)
-            return g - jnp.where(recalled.is_known, correction, 0)
+            wide = wide_dtype(g.dtype)
+            correction = w.astype(g.dtype) * (old.astype(wide) - mean.astype(wide)).astype(g.dtype)
+            return g - jnp.where(recalled.is_known, correction, jnp.zeros_like(correction))
 
         return jax.tree.map(corrected, grads, weights, recalled.old_grads, recalled.mean_grads)
 
@@ -33,6 +36,6 @@ class CorrectGradientsState(NamedTuple):
         """The weight w = gamma c."""
         return self.correction_scaling * self.coefficient_state.correlation
 
-    def variance_ratio(self) -> jax.Array:
+    def variance_ratio(self) -> Estimate:
         """The coefficient's estimate of Var(g^) / Var(g_new)."""
         return self.coefficient_state.variance_ratio(self.correction_scaling)

@@ -1,15 +1,20 @@
 """Sparse optimizers: which weights are active."""
 
-from agent_optax.sparsity._bayesian_rewiring import bayesian_rewiring
-from agent_optax.sparsity._blocks import blocks, output_channels
 from agent_optax.sparsity._distribution import erdos_renyi, erk, uniform
-from agent_optax.sparsity._drop_and_grow import drop_and_grow
-from agent_optax.sparsity._gradual_pruning import gradual_pruning
 from agent_optax.sparsity._magnitude_masks import magnitude_masks
 from agent_optax.sparsity._masks import active_masks, mask_params
-from agent_optax.sparsity._n_m import n_m
-from agent_optax.sparsity._rigl import rigl, rigl_itop
-from agent_optax.sparsity._scores import (
+from agent_optax.sparsity._sparsify import sparsify
+from agent_optax.sparsity._state import SparsifyState
+from agent_optax.sparsity._where import kernels, named
+from agent_optax.sparsity.patterns._blocks import blocks, output_channels
+from agent_optax.sparsity.patterns._n_m import n_m
+from agent_optax.sparsity.selection._top_k import top_k_mask
+from agent_optax.sparsity.storages._sparse_update import SparseUpdate
+from agent_optax.sparsity.topologies._bayesian_rewiring import bayesian_rewiring
+from agent_optax.sparsity.topologies._drop_and_grow import drop_and_grow
+from agent_optax.sparsity.topologies._gradual_pruning import gradual_pruning
+from agent_optax.sparsity.topologies._rigl import rigl, rigl_itop
+from agent_optax.sparsity.topologies._scores import (
     at_random,
     gradient_magnitude,
     magnitude_by_sign,
@@ -18,15 +23,12 @@ from agent_optax.sparsity._scores import (
     taylor,
     weight_magnitude,
 )
-from agent_optax.sparsity._selection import top_k_mask
-from agent_optax.sparsity._set import set_, set_itop
-from agent_optax.sparsity._snfs import snfs
-from agent_optax.sparsity._sparsify import sparsify
-from agent_optax.sparsity._state import SparsifyState
-from agent_optax.sparsity._static import static
-from agent_optax.sparsity._where import kernels, named
+from agent_optax.sparsity.topologies._set import set_, set_itop
+from agent_optax.sparsity.topologies._snfs import snfs
+from agent_optax.sparsity.topologies._static import static
 
 __all__ = [
+    "SparseUpdate",
     "SparsifyState",
     "active_masks",
     "at_random",

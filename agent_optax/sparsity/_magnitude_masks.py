@@ -10,9 +10,9 @@ import optax
 
 from agent_optax._validation import check_fraction
 from agent_optax.sparsity._distribution import Distribution, erk
-from agent_optax.sparsity._selection import select, select_jointly
-from agent_optax.sparsity._topology import tolerant_floor
+from agent_optax.sparsity._rounding import tolerant_floor
 from agent_optax.sparsity._where import densities, kernels, prunable
+from agent_optax.sparsity.selection._top_k import select, select_jointly
 
 
 def magnitude_masks(

@@ -9,12 +9,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from agent_optax.sparsity._selection import random_scores, select
-from agent_optax.sparsity._topology import Layer, Topology
+from agent_optax.sparsity._layer import Layer
+from agent_optax.sparsity.selection._top_k import random_scores, select
 
 
 class Pattern:
-    """Any mask is allowed. A subclass says what differs: `n_m`, `blocks`, `output_channels`."""
+    """Which masks are allowed: any. A subclass overrides what differs: `n_m`, `blocks`, `output_channels`.
+
+    Layers of equal shape and equal pattern are updated together, so a pattern must be hashable: a frozen dataclass.
+    """
 
     density: float | None = None  # if the pattern fixes it
     has_groups = False  # whether groups of entries keep a fixed number of active ones
@@ -81,21 +84,4 @@ def check_pattern(pattern: PatternChoice) -> None:
         raise TypeError(
             "pattern must be a pattern such as agent_optax.n_m(2, 4) or agent_optax.blocks((4, 4)), or a callable that "
             f"gives one for the path of a leaf, got {pattern!r}."
-        )
-
-
-def check_patterns(patterns: list[Pattern], names: list[str], leaves: list[jax.Array], topology: Topology) -> None:
-    """Raises ValueError where a leaf cannot have its pattern, or the topology cannot keep it."""
-    for pattern, name, leaf in zip(patterns, names, leaves, strict=True):
-        pattern.check(name, leaf.shape)
-        if (pattern.has_groups and not topology.honours_groups) or (pattern.has_blocks and not topology.honours_blocks):
-            raise ValueError(
-                f"pattern={pattern} cannot be kept by {topology}, which changes how many weights are active where: use "
-                "another topology, such as agent_optax.rigl(), or no pattern."
-            )
-    units = {name: p.unit_size(leaf.shape) for p, name, leaf in zip(patterns, names, leaves, strict=True)}
-    if topology.counts_jointly and len(set(units.values())) > 1:
-        raise ValueError(
-            f"{topology} trades blocks of one layer for blocks of another, which needs blocks of one size, but pattern="
-            f" makes blocks of these numbers of weights: {units}. Use a topology that keeps to a layer."
         )

@@ -1,4 +1,4 @@
-"""A topology update: run rarely, inside a loop of zero or one turns."""
+"""A topology update, which runs rarely: it must cost the other steps nothing."""
 
 from __future__ import annotations
 
@@ -8,57 +8,34 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from agent_optax._tree import is_masked
-from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_patterns, patterns_of
+from agent_optax._tree import zero_like
+from agent_optax.correction._find import find_corrections
+from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._layer import Layer
+from agent_optax.sparsity._pattern import Pattern
+from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState, total
-from agent_optax.sparsity._topology import Layer, Topology
-from agent_optax.sparsity._where import leaf_names
 
 Carry = TypeVar("Carry")
-
-
-class SparseOptimizer(NamedTuple):
-    """What `sparsify` was given: static through a run."""
-
-    inner: optax.GradientTransformationExtraArgs
-    topology: Topology
-    pattern: PatternChoice
-    grow_by: str
-    stagger: bool
-
-    def patterns(self, params: optax.Params, masks: Any) -> tuple[list[str], list[Pattern]]:
-        """The names of the pruned leaves, and their patterns; ValueError where they do not fit."""
-        leaves, treedef = jax.tree.flatten(params)
-        named = zip(leaf_names(params), leaves, treedef.flatten_up_to(masks), strict=True)
-        pruned = [(name, leaf) for name, leaf, mask in named if not is_masked(mask)]
-        names = [name for name, _ in pruned]
-        patterns = patterns_of(self.pattern, names)
-        check_patterns(patterns, names, [leaf for _, leaf in pruned], self.topology)
-        return names, patterns
-
-    def layers_due(self, step: jax.Array, num_layers: int) -> jax.Array:
-        """Bool [num_layers]: which layers change at this step; staggered layers spread evenly over the interval."""
-        delays = np.arange(num_layers) * self.topology.interval // max(num_layers, 1) * self.stagger
-        return self.topology.is_due(step - delays)
 
 
 def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """``body(carry)`` if due, else `carry` itself.
 
-    A loop of zero or one turns: its carry stays in place, where a conditional copies what it passes through, and under
-    `jax.vmap` a turn is taken only when some element is due, where a conditional becomes a select that computes both
-    branches at every step. Inside the turn stands a conditional after all: XLA moves what does not depend on the carry
-    out of a loop, where every step would pay for it, but not out of a conditional.
+    A while loop with at most one iteration: its carry stays in place, where a conditional copies what it passes
+    through, and under `jax.vmap` it iterates only if some element is due, where a conditional becomes a select that
+    computes both branches in every step. The conditional inside the iteration is there because XLA moves what does not
+    depend on the carry out of a loop, where every step would pay for it, but not out of a conditional. A test counts
+    the copies.
     """
 
-    def turn(state: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
+    def iterate(state: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
         count, carry = state
         return count + 1, jax.lax.cond(count < 1, body, lambda carry: carry, carry)
 
-    return jax.lax.while_loop(lambda state: (state[0] < 1) & due, turn, (jnp.zeros((), jnp.int32), carry))[1]
+    return jax.lax.while_loop(lambda state: (state[0] < 1) & due, iterate, (jnp.zeros((), jnp.int32), carry))[1]
 
 
 class Changed(NamedTuple):
@@ -80,8 +57,8 @@ class LayerStorage(NamedTuple):
 def rewired(
     optimizer: SparseOptimizer,
     storage: LayerStorage,
+    pruned: Sequence[PrunedLeaf],
     stored: Sequence[Any],
-    patterns: Sequence[Pattern],
     usable: jax.Array,
     state: SparsifyState,
 ) -> tuple[list[Any], SparsifyState]:
@@ -93,6 +70,7 @@ def rewired(
     topology, step = optimizer.topology, state.topology_step
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
     momenta = topology.momenta(state.topology_state, len(stored))
+    patterns = [leaf.pattern for leaf in pruned]
 
     def rewire_layer(pattern: Pattern, stored: Any, momentum: Any, key: jax.Array) -> Changed:
         layer = storage.see(stored)._replace(momentum=momentum)
@@ -102,15 +80,24 @@ def rewired(
 
     def keep_layer(stored: Any, momentum: Any, key: jax.Array) -> Changed:
         del momentum, key
-        return Changed(storage.keep(stored), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        zero = zero_like(stored, jnp.int32)
+        return Changed(storage.keep(stored), zero, zero)
+
+    def change_layer(pattern: Pattern, layer: tuple[jax.Array, Any, Any, jax.Array]) -> Changed:
+        due, *arguments = layer
+        return jax.lax.cond(due, functools.partial(rewire_layer, pattern), keep_layer, *arguments)
 
     if topology.is_layerwise:
         due = optimizer.layers_due(step, len(stored)) & usable
         keys = jax.random.split(key, max(len(stored), 1))
-        changed = [
-            jax.lax.cond(due[i], functools.partial(rewire_layer, pattern), keep_layer, layer, momentum, keys[i])
-            for i, (pattern, layer, momentum) in enumerate(zip(patterns, stored, momenta, strict=True))
-        ]
+        changed = map_layers(
+            change_layer,
+            patterns,
+            [
+                (due[i], layer, momentum, keys[i])
+                for i, (layer, momentum) in enumerate(zip(stored, momenta, strict=True))
+            ],
+        )
     else:
         layers = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
         units = [pattern.units(layer) for pattern, layer in zip(patterns, layers, strict=True)]
@@ -123,22 +110,19 @@ def rewired(
         state = state._replace(
             topology_state=jax.tree.map(lambda n, o: jnp.where(usable, n, o), topology_state, state.topology_state)
         )
+    made = usable.astype(jnp.int32)
     return [layer.stored for layer in changed], state._replace(
         topology_key=jax.random.key_data(next_key),
         num_dropped=total([layer.num_dropped for layer in changed]),
         num_grown=total([layer.num_grown for layer in changed]),
-        num_topology_updates=state.num_topology_updates + usable,
-        num_skipped_updates=state.num_skipped_updates + ~usable,
+        num_topology_updates=state.num_topology_updates + made,
+        num_skipped_updates=state.num_skipped_updates + (1 - made),
     )
 
 
 def corrected_grads(grads: optax.Updates, inner_state: optax.OptState, extra_args: dict[str, Any]) -> optax.Updates:
     """The dense corrected gradient, from the inner state before the step."""
-
-    def is_correction(node: Any) -> bool:
-        return hasattr(node, "correct") and hasattr(node, "memory_state")
-
-    states = [node for node in jax.tree.leaves(inner_state, is_leaf=is_correction) if is_correction(node)]
+    states = find_corrections(inner_state)
     if len(states) != 1:
         raise ValueError(
             f"grow_by='corrected' needs exactly one correct_gradients inside the inner optimizer, found {len(states)}. "

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent_optax._tree import is_masked
+from agent_optax._tree import zero_like
 from agent_optax._validation import check_fraction, check_part, is_concrete_number
-from agent_optax.sparsity._compact import as_dense_updates, check_compact, compact_update, likely_extra_args
-from agent_optax.sparsity._compact_active import compact_start, follow_points, warn_if_gathered
-from agent_optax.sparsity._dense import dense_start, dense_update
 from agent_optax.sparsity._distribution import Distribution, erk
-from agent_optax.sparsity._latent import latent_start, latent_update, with_points
+from agent_optax.sparsity._gradients import check_grads
 from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_pattern
-from agent_optax.sparsity._rewiring import SparseOptimizer
-from agent_optax.sparsity._start import given_start, random_start
-from agent_optax.sparsity._state import SparsifyState, apply_masks
+from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._start import Start, given_start, random_start
+from agent_optax.sparsity._state import SparsifyState
+from agent_optax.sparsity._storage import Storage
 from agent_optax.sparsity._topology import Topology
 from agent_optax.sparsity._where import given_masks, kernels, prunable
+from agent_optax.sparsity.inner._like_params import split_args
+from agent_optax.sparsity.storages._compact import Compact
+from agent_optax.sparsity.storages._dense import Dense
 
 
 def sparsify(
@@ -31,12 +32,13 @@ def sparsify(
     sparsity: Any = None,
     distribution: Distribution = erk,
     where: Any = kernels,
-    storage: Literal["dense", "compact"] = "dense",
+    storage: Literal["dense", "compact"] | Storage = "dense",
     key: int | jax.Array = 0,
     masks: Any = None,
     pattern: PatternChoice = None,
     grow_by: Literal["raw", "corrected"] = "raw",
     stagger: bool = False,
+    updates: Literal["arrays", "sparse"] = "arrays",
     dense_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes any optimizer sparse: wholly inside Optax, with nothing to call after the step.
@@ -47,25 +49,28 @@ def sparsify(
     The updates are -p where a weight is inactive, so `optax.apply_updates` leaves it at exactly 0.0. When the
     topology is due, after the inner update and on the new weights, the masks m change: a dropped weight becomes 0; a
     grown one starts at 0, and every per-parameter state of `inner` starts there again from its initial value. A
-    topology update is left out, and counted, when a gradient or weight is not finite.
+    topology update is skipped, and counted, when a gradient or weight is not finite.
 
-    Put it outermost: ``sparsify(optax.chain(...), ...)``. Start from ``mask_params(params, opt_state)``.
+    Put it outermost: ``sparsify(optax.chain(...), ...)``. Start from ``mask_params(params, opt_state)``. The inner
+    optimizer runs as it is; gradients of inactive weights, and extra arguments that are trees like params, reach it as
+    zeros.
 
     Args:
         inner: any Optax optimizer.
         topology: `static()`, `set_()`, `rigl()`, `set_itop()`, `rigl_itop()`, `snfs()`, `drop_and_grow()`,
             `gradual_pruning()` or `bayesian_rewiring()`.
         sparsity: the share of inactive weights over all pruned leaves, in [0, 1). Or one for each leaf: a tree like
-            params with None where nothing is pruned, or a callable on the leaf's path such as ``"Dense_0/kernel"``;
+            params with None where nothing is pruned, or a function of the leaf's path such as ``"Dense_0/kernel"``;
             `distribution` is not used then.
         distribution: shares `sparsity` among leaves: `erk` (default, as in the paper), `erdos_renyi`, `uniform`, or any
             function of shapes and sparsity. A leaf gets exactly ``round(density * size)`` active weights.
-        where: the leaves to prune: a callable on params, or a tree of bools. Default `kernels`.
-        storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds one-dimensional arrays of
-            the active entries, so that momentum, moments, snapshots and tables shrink with the density, and a step
-            costs what its active weights cost. That needs an inner optimizer that treats each entry alike (muon and
-            adafactor do not), and exactly sparse parameters from the start: call `mask_params`. Weights grown since
-            the last refresh are not corrected until the next.
+        where: the leaves to prune: a function of params, or a tree of bools. Default `kernels`. Leaves that `inner`
+            never updates, such as frozen ones (`optax.set_to_zero`), are left alone.
+        storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds the active entries only,
+            so that momentum, moments, snapshots and tables shrink with the density, and its step costs what its active
+            weights cost. That needs an inner optimizer that treats each entry alike (muon and adafactor do not), and
+            exactly sparse parameters from the start: call `mask_params`. Weights grown since the last refresh are not
+            corrected until the next. Or a `agent_optax.typing.Storage`.
         key: seeds the start masks and random growth; an int or a JAX random key.
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
             is pruned. `sparsity`, `distribution` and `where` are not used then (`gradual_pruning` ends at `sparsity`).
@@ -74,16 +79,19 @@ def sparsify(
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
         stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
             step does the work of all of them. Each layer still changes once an interval, later by its share of it.
-        dense_updates: whether compact storage returns arrays like params, for another transformation or wrapper that
-            computes with them, in place of nodes that hold the active entries and add themselves to a parameter.
+        updates: what compact storage returns. ``"arrays"`` (default): arrays like params, as dense storage does.
+            ``"sparse"``: objects that hold the active entries and add themselves to a parameter (`SparseUpdate`), for
+            a step in which nothing but `optax.apply_updates` sees them: it then costs what the active weights cost.
+        dense_updates: True is the former spelling of ``updates="arrays"``.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`; its update needs `params`, and hands extra arguments on to `inner`.
 
     Raises:
-        ValueError: if `sparsity` is missing or outside [0, 1), `grow_by` is unknown, or the topology cannot work with
-            `storage` or `stagger`; from ``init``, if `where` selects nothing, trees do not match, or a leaf cannot have
-            the pattern.
+        ValueError: if `sparsity` is missing or outside [0, 1), `grow_by`, `storage` or `updates` is unknown, or the
+            topology cannot work with `storage` or `stagger`; from ``init``, if `where` selects nothing, trees do not
+            match, a leaf cannot have the pattern, or the inner optimizer does not fit the topology or the storage;
+            from ``update``, if a gradient has not the shape of its parameter.
         TypeError: if `inner`, `topology`, `pattern` or `key` is not one; from ``init``, if a leaf to prune is not
             floating-point.
 
@@ -102,7 +110,7 @@ def sparsify(
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     check_part("inner", inner, "update", "optax.sgd(0.1)")
-    check_part("topology", topology, "rewire", "agent_optax.rigl()")
+    check_part("topology", topology, "is_due", "agent_optax.rigl()")
     check_pattern(pattern)
     if isinstance(pattern, Pattern) and pattern.density is not None:
         sparsity = _fixed_sparsity(sparsity, pattern, 1 - pattern.density)
@@ -117,103 +125,118 @@ def sparsify(
         check_fraction("sparsity", sparsity, "it is the share of inactive weights, such as 0.9", below_one=True)
     if grow_by not in ("raw", "corrected"):
         raise ValueError(f"grow_by must be 'raw' or 'corrected', got {grow_by!r}.")
-    if storage not in ("dense", "compact"):
-        raise ValueError(f"storage must be 'dense' or 'compact', got {storage!r}.")
-    if storage == "compact" and grow_by == "corrected":
-        raise ValueError(
-            "grow_by='corrected' needs the corrected gradient of inactive weights, which storage='compact' does not "
-            "hold: use grow_by='raw' or storage='dense'."
-        )
-    if storage == "compact" and not topology.keeps_counts:
-        raise ValueError(
-            f"storage='compact' needs layers that keep their number of active weights, and {topology} changes it: use "
-            "storage='dense'."
-        )
     if stagger and not topology.is_layerwise:
         raise ValueError(f"stagger=True changes layers at different steps, and {topology} needs all of them at once.")
+    storing = _chosen_storage(storage, topology, updates, dense_updates)
     key = _random_key(key)
     optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, pattern, grow_by, stagger)
-    is_checked: set[Any] = set()
+    storing.check(optimizer)
 
     def init(params: optax.Params) -> SparsifyState:
         mask_key, topology_key = jax.random.split(key)
-        if masks is not None and jax.tree.leaves(params):
-            active = given_masks(params, masks)
-            names, patterns = optimizer.patterns(params, active)
-            final_sparsity = None if topology.initial_sparsity is None else sparsity
-            must_count = storage == "compact"
-            start = given_start(params, active, patterns, names, final_sparsity, distribution, must_count)
-        else:
-            chosen = prunable(params, where)
-            hidden = jax.tree.map(lambda c, p: p if c else optax.MaskedNode(), chosen, params)
-            names, patterns = optimizer.patterns(params, hidden)
-            start = random_start(params, chosen, patterns, sparsity, topology.initial_sparsity, distribution, mask_key)
-            active = start.masks
-        sparse_params = apply_masks(active, params)
-        if storage == "compact":
-            check(params, active, likely_extra_args(params), is_last_chance=False)
-            warn_if_gathered(params, active, names)
-            active_weights = compact_start(active, topology.is_static, start.counts)
-            inner_state = optimizer.inner.init(active_weights.gather(sparse_params))
-            active_weights = follow_points(active_weights, inner_state)
-        else:
-            inner_state = optimizer.inner.init(sparse_params)
-            if topology.has_latent_weights:
-                active_weights = with_points(latent_start(active, params, jax.random.fold_in(key, 2)), inner_state)
-            else:
-                active_weights = dense_start(active, topology.is_static)
+        start = start_of(params, mask_key)
+        active_weights, inner_state = storing.start(optimizer, start, params, key)
+        zero = zero_like(params, jnp.int32)
+        num_prunable = sum(mask.size for mask in jax.tree.leaves(start.masks))
         return SparsifyState(
             inner_state=inner_state,
             active_weights=active_weights,
-            topology_state=topology.init(params, active, start.targets),
-            num_prunable=jnp.asarray(sum(mask.size for mask in jax.tree.leaves(active)), jnp.float32),
+            topology_state=topology.init(params, start.masks, start.targets),
+            num_prunable=jnp.asarray(num_prunable, jnp.float32),
             topology_key=jax.random.key_data(topology_key),
             topology_step=jnp.zeros((), jnp.int32),
-            num_dropped=jnp.zeros((), jnp.int32),
-            num_grown=jnp.zeros((), jnp.int32),
-            num_topology_updates=jnp.zeros((), jnp.int32),
-            num_skipped_updates=jnp.zeros((), jnp.int32),
+            num_dropped=jnp.copy(zero),
+            num_grown=jnp.copy(zero),
+            num_nonzero_inactive=jnp.copy(zero),
+            num_topology_updates=jnp.copy(zero),
+            num_skipped_updates=jnp.copy(zero),
         )
 
-    def check(params: optax.Params, active: Any, extra_args: dict[str, Any], is_last_chance: bool) -> None:
-        """Looks at the inner optimizer once for each kind of parameters: at init, or when it needs more arguments."""
-        kind = (jax.tree.structure(params), *(jnp.shape(p) for p in jax.tree.leaves(params)))
-        if kind in is_checked:
-            return
-        leaves = jax.tree.structure(params).flatten_up_to(active)
-        pruned = [i for i, m in enumerate(leaves) if not is_masked(m)]
-        try:
-            check_compact(optimizer.inner, params, pruned, extra_args)
-        except Exception as error:
-            if is_last_chance or "storage=" in str(error):
-                raise
-            return
-        is_checked.add(kind)
+    def start_of(params: optax.Params, mask_key: jax.Array) -> Start:
+        if masks is not None and jax.tree.leaves(params):
+            active = given_masks(params, masks)
+            pruned = optimizer.pruned_leaves(params, active)
+            frozen = optimizer.frozen_leaves(params, pruned)
+            if frozen and not topology.is_static:
+                raise ValueError(
+                    f"masks= has masks for {', '.join(leaf.name for leaf in frozen)}, which the inner optimizer never "
+                    f"updates, and {topology} would drop weights there: give None for them, or use "
+                    "agent_optax.static()."
+                )
+            final_sparsity = None if topology.initial_sparsity is None else sparsity
+            return given_start(params, active, pruned, final_sparsity, distribution, storing.needs_counts)
+        chosen = prunable(params, where)
+        pruned = pruned_among(params, chosen)
+        frozen = optimizer.frozen_leaves(params, pruned)
+        if frozen:
+            leaves, treedef = jax.tree.flatten(chosen)
+            for leaf in frozen:
+                leaves[leaf.index] = False
+            chosen = prunable(params, treedef.unflatten(leaves))
+            pruned = pruned_among(params, chosen)
+        return random_start(params, chosen, pruned, sparsity, topology.initial_sparsity, distribution, mask_key)
+
+    def pruned_among(params: optax.Params, chosen: Any) -> list[PrunedLeaf]:
+        hidden = jax.tree.map(lambda c, p: p if c else optax.MaskedNode(), chosen, params)
+        return optimizer.pruned_leaves(params, hidden)
 
     def take_step(
-        grads: optax.Updates, state: SparsifyState, params: optax.Params, extra_args: dict[str, Any]
+        grads: optax.Updates,
+        state: SparsifyState,
+        params: optax.Params,
+        numeric: dict[str, Any],
+        others: tuple[tuple[str, Any], ...],
     ) -> tuple[optax.Updates, SparsifyState]:
         state = state._replace(topology_step=state.topology_step + 1)
-        state = state._replace(topology_state=topology.observe(state.topology_state, grads))
-        if topology.has_latent_weights:
-            return latent_update(optimizer, grads, state, params, extra_args)
-        if storage == "dense":
-            return dense_update(optimizer, grads, state, params, extra_args)
-        check(params, state.active_weights.indices, extra_args, is_last_chance=True)
-        updates, state = compact_update(optimizer, grads, state, params, extra_args)
-        return (as_dense_updates(updates, params) if dense_updates else updates), state
+        state = state._replace(topology_state=topology.observe(state.topology_state, jax.lax.stop_gradient(grads)))
+        return storing.update(optimizer, grads, state, params, {**numeric, **dict(others)})
 
-    compiled_step = jax.jit(take_step)  # outside any jit, a loop would otherwise compile anew at each step
+    compiled_step = jax.jit(take_step, static_argnums=4)  # outside any jit, loops would compile anew at each step
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SparsifyState]:
         if params is None:
             raise ValueError("sparsify needs the parameters: call tx.update(grads, opt_state, params, ...).")
-        is_plain = all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(extra_args))
-        return (compiled_step if is_plain else take_step)(updates, state, params, extra_args)
+        check_grads(updates, params)
+        numeric, others = split_args(extra_args)
+        static = tuple(sorted(others.items()))
+        step = compiled_step if _is_hashable(static) else take_step
+        new_updates, state = step(updates, state, params, numeric, static)
+        return storing.present(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chosen_storage(storage: Any, topology: Topology, updates: str, dense_updates: bool) -> Storage:
+    """The storage by its name, or the one that the topology brings along."""
+    if dense_updates:
+        updates = "arrays"
+    if updates not in ("arrays", "sparse"):
+        raise ValueError(f"updates must be 'arrays' or 'sparse', got {updates!r}.")
+    if not isinstance(storage, Storage) and storage not in ("dense", "compact"):
+        raise ValueError(f"storage must be 'dense' or 'compact', got {storage!r}; or an agent_optax.typing.Storage.")
+    if updates == "sparse" and storage != "compact":
+        raise ValueError(
+            f"updates='sparse' holds the active entries that storage='compact' keeps, got storage={storage!r}: use "
+            "updates='arrays'."
+        )
+    own = topology.storage()
+    if own is None:
+        return Compact(updates) if storage == "compact" else Dense() if storage == "dense" else storage
+    if storage != "dense":
+        raise ValueError(
+            f"{topology} keeps weights in whole arrays, in a storage of its own: use storage='dense', got {storage!r}."
+        )
+    return own
+
+
+def _is_hashable(arg: Any) -> bool:
+    try:
+        hash(arg)
+    except TypeError:
+        return False
+    return True
 
 
 def _fixed_sparsity(sparsity: Any, pattern: Pattern, fixed: float) -> Any:

@@ -1,4 +1,4 @@
-"""The masks with which training starts, and the numbers of active weights at which it aims."""
+"""The masks with which training starts, and the numbers of active weights that it ends with."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._distribution import Distribution
+from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._layer import Target
 from agent_optax.sparsity._pattern import Pattern
-from agent_optax.sparsity._topology import Target
+from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
 from agent_optax.sparsity._where import densities
+
+Shape = tuple[int, ...]
 
 
 class Start(NamedTuple):
     """What `sparsify` starts from."""
 
     masks: Any  # like params, bool; MaskedNode where nothing is pruned
-    counts: Any  # like masks, int: active weights
+    counts: Any  # like masks, int: active weights; None where they are not known
     targets: list[Target]  # of the pruned leaves, in their order
 
 
 def random_start(
     params: optax.Params,
     chosen: Any,
-    patterns: Sequence[Pattern],
+    pruned: Sequence[PrunedLeaf],
     sparsity: Any,
     initial_sparsity: float | None,
     distribution: Distribution,
     key: jax.Array,
 ) -> Start:
     """Random masks of the patterns; an initial sparsity says where they start, never sparser than they end."""
-    shapes = [jnp.shape(leaf) for leaf, c in zip(jax.tree.leaves(params), jax.tree.leaves(chosen), strict=True) if c]
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jnp.shape(leaves[leaf.index]) for leaf in pruned]
+    patterns = [leaf.pattern for leaf in pruned]
     shared = [density for _, density in densities(params, chosen, sparsity, distribution)]
     targets, numbers = _targets(shapes, patterns, shared)
     if initial_sparsity is not None:
@@ -45,47 +51,50 @@ def random_start(
             max(number, pattern.count(shape, density))
             for number, pattern, shape, density in zip(numbers, patterns, shapes, initial, strict=True)
         ]
-    remaining = iter(zip(patterns, numbers, strict=True))
-    index = iter(range(len(jax.tree.leaves(params))))
-    counts = []
 
-    def random_mask(c: Any, leaf: jax.Array) -> Any:
-        if is_masked(leaf):  # hidden by optax.masked or optax.partition
-            return leaf
-        leaf_key = jax.random.fold_in(key, next(index))
-        if not c:
-            return optax.MaskedNode()
-        pattern, number = next(remaining)
-        counts.append(number)
-        return pattern.random_mask(number, leaf, leaf_key)
+    def random_mask(kind: tuple[Pattern, int], layer: tuple[jax.Array, jax.Array]) -> jax.Array:
+        pattern, number = kind
+        return pattern.random_mask(number, *layer)
 
-    masks = jax.tree.map(random_mask, chosen, params, is_leaf=is_masked)
-    return Start(masks, jax.tree.structure(masks).unflatten(counts), targets)
+    masks = map_layers(
+        random_mask,
+        list(zip(patterns, numbers, strict=True)),
+        [(leaves[leaf.index], jax.random.fold_in(key, leaf.index)) for leaf in pruned],
+    )
+    tree = list[Any]([optax.MaskedNode()] * len(leaves))
+    counts = list(tree)
+    for leaf, mask, number in zip(pruned, masks, numbers, strict=True):
+        tree[leaf.index], counts[leaf.index] = mask, number
+    return Start(treedef.unflatten(tree), treedef.unflatten(counts), targets)
 
 
 def given_start(
     params: optax.Params,
     masks: Any,
-    patterns: Sequence[Pattern],
-    names: Sequence[str],
+    pruned: Sequence[PrunedLeaf],
     final_sparsity: Any,
     distribution: Distribution,
-    must_count: bool,
+    needs_counts: bool,
 ) -> Start:
-    """Masks that a user gave; they aim at their own numbers, or at a final sparsity."""
-    for mask, pattern, name in zip(jax.tree.leaves(masks), patterns, names, strict=True):
-        if _is_surely_false(pattern.allows(mask)):
-            raise ValueError(f"masks= does not have the pattern {pattern} in {name}: mend the mask, or drop pattern=.")
+    """Given masks; they end with their own numbers of active weights, or at a final sparsity."""
+    given = jax.tree.leaves(masks)
+    patterns = [leaf.pattern for leaf in pruned]
+    for mask, leaf in zip(given, pruned, strict=True):
+        if _is_surely_false(leaf.pattern.allows(mask)):
+            raise ValueError(
+                f"masks= does not have the pattern {leaf.pattern} in {leaf.name}: correct the mask, or drop pattern=."
+            )
     if final_sparsity is None:
+        units = [pattern.unit_size(mask.shape) for mask, pattern in zip(given, patterns, strict=True)]
         targets = [
-            Target(mask.size // unit, math.nan, jnp.sum(mask, dtype=jnp.int32) // unit)
-            for mask, unit in ((m, p.unit_size(m.shape)) for m, p in zip(jax.tree.leaves(masks), patterns, strict=True))
+            Target(mask.size // unit, None, jnp.sum(mask, dtype=jnp.int32) // unit)
+            for mask, unit in zip(given, units, strict=True)
         ]
     else:
         chosen = jax.tree.map(lambda _, m: not is_masked(m), params, masks)
         shared = [density for _, density in densities(params, chosen, final_sparsity, distribution)]
-        targets, _ = _targets([mask.shape for mask in jax.tree.leaves(masks)], patterns, shared)
-    return Start(masks, jax.tree.map(_concrete_count, masks) if must_count else None, targets)
+        targets, _ = _targets([mask.shape for mask in given], patterns, shared)
+    return Start(masks, jax.tree.map(_concrete_count, masks) if needs_counts else None, targets)
 
 
 def _is_surely_false(truth: jax.Array) -> bool:
@@ -96,7 +105,7 @@ def _is_surely_false(truth: jax.Array) -> bool:
 
 
 def _targets(
-    shapes: Sequence[tuple[int, ...]], patterns: Sequence[Pattern], shared: Sequence[float]
+    shapes: Sequence[Shape], patterns: Sequence[Pattern], shared: Sequence[float]
 ) -> tuple[list[Target], list[int]]:
     """The targets, and the numbers of active weights; a pattern may fix the density."""
     targets, numbers = [], []

@@ -9,21 +9,27 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import is_masked
+from agent_optax.correction._find import CorrectionWrapper, StorageView
 
 
-class SparsifyState(NamedTuple):
-    """State of `sparsify`."""
-
+class _SparsifyFields(NamedTuple):
     inner_state: optax.OptState  # of the inner optimizer
-    active_weights: Any  # DenseActive, CompactActive or LatentActive: which weights are active
+    active_weights: Any  # of the storage, an ActiveWeights: which weights are active
     topology_state: Any  # of the topology; () where it keeps nothing
     num_prunable: jax.Array  # float32 []: weights in pruned leaves, active or not
     topology_key: jax.Array  # uint32 [...]: key data
     topology_step: jax.Array  # int32 []: steps taken
     num_dropped: jax.Array  # int32 []: weights that became inactive in the last topology update
     num_grown: jax.Array  # int32 []: weights that became active in it
+    num_nonzero_inactive: jax.Array  # int32 []: inactive weights that were not zero at the last topology update
     num_topology_updates: jax.Array  # int32 []: topology updates made
-    num_skipped_updates: jax.Array  # int32 []: topology updates left out for a non-finite gradient or weight
+    num_skipped_updates: jax.Array  # int32 []: topology updates skipped because a gradient or weight was not finite
+
+
+class SparsifyState(_SparsifyFields, CorrectionWrapper):
+    """State of `sparsify`."""
+
+    __slots__ = ()
 
     def active_masks(self, params: optax.Params) -> Any:
         """The masks like `params`, bool; MaskedNode where nothing is pruned."""
@@ -37,7 +43,7 @@ class SparsifyState(NamedTuple):
         """R_s, the share of weights that were ever active."""
         return self.active_weights.num_ever_active().astype(jnp.float32) / self.num_prunable
 
-    def storage_view(self) -> Any:
+    def storage_view(self) -> StorageView:
         """How the inner state stores parameters."""
         return self.active_weights
 
@@ -54,6 +60,17 @@ def apply_masks(masks: Any, params: optax.Params) -> optax.Params:
         params,
         is_leaf=is_masked,
     )
+
+
+def count_nonzero_inactive(masks: Any, params: optax.Params) -> jax.Array:
+    """int32 []: the inactive weights that are not zero."""
+    counts = jax.tree.map(
+        lambda mask, p: None if is_masked(mask) else jnp.sum((p != 0) & ~mask, dtype=jnp.int32),
+        masks,
+        params,
+        is_leaf=is_masked,
+    )
+    return total(counts)
 
 
 def total(counts: Any) -> jax.Array:

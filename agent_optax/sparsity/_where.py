@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import conform, is_masked
+from agent_optax._tree import is_absent, is_masked
 from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
 
-# Names that leaves have in Flax: of biases and normalisation, which may have two axes or more in attention and scanned
+# Names that leaves have in Flax: of biases and normalization, which may have two axes or more in attention and scanned
 # layers; of tables, whose rows are looked up and not multiplied; and of factors that are small already.
 NEVER_PRUNED = ("bias", "scale", "embedding", "pos_embedding", "lora_a", "lora_b")
 
@@ -105,14 +106,25 @@ def named(*patterns: str) -> Callable[[optax.Params], Any]:
     return where
 
 
+def is_function(choice: Any) -> bool:
+    """Tells a function from a tree whose class can be called, as a module of Equinox can."""
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(choice))
+    return callable(choice) and (is_leaf or isinstance(choice, functools.partial))
+
+
 def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -> Any:
-    """A tree like `params` of bools; `where` is a callable or a tree, or a prefix of one, as in `optax.masked`."""
-    chosen = where(params) if callable(where) else where
+    """A tree like `params` of bools; `where` is a function or a tree, or a prefix of one, as in `optax.masked`.
+
+    A leaf without entries is never pruned.
+    """
+    chosen = where(params) if is_function(where) else where
     try:
-        chosen = jax.tree.map(lambda c, subtree: jax.tree.map(lambda _: bool(c), subtree), chosen, params)
+        chosen = jax.tree.map(
+            lambda c, subtree: jax.tree.map(lambda leaf: bool(c) and jnp.size(leaf) > 0, subtree), chosen, params
+        )
     except ValueError as error:
         raise ValueError(
-            "where= must be a tree of bools like params, or a callable that gives one; got "
+            "where= must be a tree of bools like params, or a function that returns one; got "
             f"{jax.tree.structure(chosen)} for parameters {jax.tree.structure(params)}."
         ) from error
     if jax.tree.leaves(params) and not any(jax.tree.leaves(chosen)):
@@ -122,13 +134,12 @@ def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -
             "with where=agent_optax.named('*/embedding'), say, or pass "
             "where=lambda params: jax.tree.map(lambda p: True, params) to prune every leaf."
         )
-    for path, (pruned, leaf) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda c, p: (c, p), chosen, params), is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2
-    ):
-        if pruned and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    named = zip(leaf_names(params), jax.tree.leaves(params), jax.tree.leaves(chosen), strict=True)
+    for name, leaf, is_chosen in named:
+        if is_chosen and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"where= selects the leaf {path_name(path)} of dtype {jnp.result_type(leaf)}: only floating-point "
-                "leaves can be pruned."
+                f"where= selects the leaf {name} of dtype {jnp.result_type(leaf)}: only floating-point leaves can be "
+                "pruned."
             )
     return chosen
 
@@ -151,47 +162,59 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
         for name, density in zip(names, shared, strict=True):
             check_fraction(f"the density of {name} that distribution= gives", density, "it is a share of the leaf")
         return list(zip(names, shared, strict=True))
-    per_leaf: list[Any]
-    if callable(sparsity):
+    if is_function(sparsity):
         per_leaf = [sparsity(name) for name in names]
     else:
-        try:  # None and a leaf that is not pruned both stand for sparsity 0
-            tree = jax.tree.map(
-                lambda s, p: 0.0 if s is None else s, sparsity, params, is_leaf=lambda node: node is None
-            )
-            tree = conform(tree, params)
-            jax.tree.map(lambda p, s: s, params, tree)  # raises unless it reaches down to the leaves
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                "sparsity must be a number, a callable on the leaf's path, or a tree like params with None where "
-                f"nothing is pruned; got {sparsity!r}."
-            ) from error
-        per_leaf = [s for s, c in zip(jax.tree.leaves(tree), jax.tree.leaves(chosen), strict=True) if c]
+        per_leaf = [s for s, c in zip(_sparsity_of_each(sparsity, params), jax.tree.leaves(chosen), strict=True) if c]
     per_leaf = [0.0 if s is None else s for s in per_leaf]
     for name, s in zip(names, per_leaf, strict=True):
         check_fraction(f"sparsity of {name}", s, "it is the share of inactive weights, such as 0.9", below_one=True)
     return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
 
 
-def given_masks(params: optax.Params, masks: Any) -> Any:
-    """Checked copies of masks that a user gave, with MaskedNode for None."""
+def _sparsity_of_each(sparsity: Any, params: optax.Params) -> list[Any]:
+    """The sparsity of each leaf from a tree like params; None, for a leaf or a subtree, stands for 0."""
 
-    def check(path: tuple[Any, ...], mask: Any, leaf: Any) -> Any:
-        if mask is None or is_masked(mask) or is_masked(leaf):
+    def spread(s: Any, subtree: Any) -> Any:
+        if not is_absent(s) and not _is_leaf_or_hidden(subtree):
+            raise ValueError("a number for a subtree")
+        return jax.tree.map(lambda _: 0.0 if is_absent(s) else s, subtree)
+
+    try:
+        return jax.tree.leaves(jax.tree.map(spread, sparsity, params, is_leaf=is_absent))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "sparsity must be a number, a function of the leaf's path, or a tree like params with None where "
+            f"nothing is pruned; got {sparsity!r}."
+        ) from error
+
+
+def given_masks(params: optax.Params, masks: Any) -> Any:
+    """Checked copies of given masks, with MaskedNode for None, which may stand for a subtree."""
+    names = iter(leaf_names(params))
+
+    def check(mask: Any, leaf: Any) -> Any:
+        name = next(names)
+        if is_absent(mask) or jnp.size(leaf) == 0:
             return optax.MaskedNode()
         if jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) not in (jnp.bool_, jnp.uint8, jnp.int8):
-            raise ValueError(
-                f"masks= must be boolean and shaped like params, but for {path_name(path)} the mask is "
+            raise _UnfitMaskError(
+                f"masks= must be boolean and shaped like params, but for {name} the mask is "
                 f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the leaf {list(jnp.shape(leaf))}. "
                 "Use None where nothing is pruned."
             )
         return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
 
+    def check_each(mask: Any, subtree: Any) -> Any:
+        if not is_absent(mask) and not _is_leaf_or_hidden(subtree):
+            raise ValueError("a mask for a subtree")
+        return jax.tree.map(lambda leaf: check(mask, leaf), subtree)
+
     try:
-        checked = jax.tree_util.tree_map_with_path(check, masks, params, is_leaf=lambda x: x is None or is_masked(x))
-    except ValueError as error:
-        if "masks= must" in str(error):
-            raise
+        checked = jax.tree.map(check_each, masks, params, is_leaf=is_absent)
+    except _UnfitMaskError:
+        raise
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"masks= must be a tree like params, with None where nothing is pruned; got {jax.tree.structure(masks)} "
             f"for parameters {jax.tree.structure(params)}."
@@ -199,3 +222,11 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
     if not jax.tree.leaves(checked):
         raise ValueError("masks= holds no mask, only None: give a boolean array for each leaf to prune.")
     return checked
+
+
+def _is_leaf_or_hidden(node: Any) -> bool:
+    return is_masked(node) or jax.tree_util.all_leaves([node])
+
+
+class _UnfitMaskError(ValueError):
+    """A mask of another shape or dtype."""

@@ -82,7 +82,7 @@ def test_under_a_growing_topology_too(x64, storage):
 
     def sparse(inner):
         topology = agent_optax.rigl(update_every=3, drop_fraction=0.5)
-        return agent_optax.sparsify(inner, topology, sparsity=0.5, storage=storage, dense_updates=True)
+        return agent_optax.sparsify(inner, topology, sparsity=0.5, storage=storage)
 
     arguments = (agent_optax.gradient_regression(), params, batches, "scanned", sparse)
     cached, cached_state = train(agent_optax.snapshot(NUM_BATCHES), *arguments)

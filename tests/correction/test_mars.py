@@ -170,7 +170,7 @@ def test_grown_weights_are_not_corrected_in_their_first_step(exact, storage):
     """A weight that grows has no last gradient: c = g there, and c = g + w (g - g_old) at the survivors."""
     params, batches = make_params(np.float32), make_batches(np.float32)
     inner = optax.chain(agent_optax.mars_correction(0.5, 0.8, exact, max_norm=None), optax.sgd(0.05))
-    tx = agent_optax.sparsify(inner, agent_optax.rigl(2, 0.5), sparsity=0.5, storage=storage, dense_updates=True)
+    tx = agent_optax.sparsify(inner, agent_optax.rigl(2, 0.5), sparsity=0.5, storage=storage)
     opt_state, update = tx.init(params), jit(tx.update)
     params = agent_optax.mask_params(params, opt_state)
     old_masks = masks = agent_optax.active_masks(opt_state, params)["kernel"]

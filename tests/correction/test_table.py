@@ -216,7 +216,7 @@ def test_grown_weights_are_corrected_after_a_full_cycle(storage, order):
     params, batches = make_params(), make_batches()
     inner = optax.chain(correction(agent_optax.constant(1.0)), optax.sgd(0.3))
     topology = agent_optax.rigl(update_every=4, drop_fraction=0.3, stop=13)
-    tx = agent_optax.sparsify(inner, topology, sparsity=0.5, storage=storage, dense_updates=True)
+    tx = agent_optax.sparsify(inner, topology, sparsity=0.5, storage=storage)
     opt_state, update = tx.init(params), jit(tx.update)
     params = agent_optax.mask_params(params, opt_state)
     masks = np.asarray(agent_optax.active_masks(opt_state, params)["kernel"])

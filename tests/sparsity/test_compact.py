@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agent_optax
-from agent_optax.sparsity._sparse_update import SparseUpdate
 
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
@@ -203,12 +202,14 @@ def test_state_shrinks_with_the_density() -> None:
 
 def test_sparse_updates_touch_active_entries_only_and_survive_donation() -> None:
     params = make_params(7, 5, seed=1)
-    tx = agent_optax.sparsify(optax.adam(0.1), agent_optax.set_(1), sparsity=0.7, storage="compact", key=0)
+    tx = agent_optax.sparsify(
+        optax.adam(0.1), agent_optax.set_(1), sparsity=0.7, storage="compact", updates="sparse", key=0
+    )
     opt_state = tx.init(params)
     params = agent_optax.mask_params(params, opt_state)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, opt_state, params)
-    assert isinstance(updates["first"], SparseUpdate)
+    assert isinstance(updates["first"], agent_optax.SparseUpdate)
     assert isinstance(updates["bias"], jax.Array)
     eager = optax.apply_updates(params, updates)
     from_numpy = optax.apply_updates(jax.tree.map(np.asarray, params), updates)
@@ -223,17 +224,17 @@ def test_sparse_updates_touch_active_entries_only_and_survive_donation() -> None
     chex.assert_trees_all_close(donated, eager, rtol=1e-6)
 
 
-def test_dense_updates_are_those_of_dense_storage() -> None:
+def test_updates_are_those_of_dense_storage() -> None:
     params = make_params(7, 5, seed=1)  # not masked: the update must clear inactive weights
     grads = jax.tree.map(jnp.ones_like, params)
     sparse = functools.partial(agent_optax.sparsify, optax.adam(0.1), agent_optax.rigl(1), sparsity=0.7, key=0)
-    compact, dense = sparse(storage="compact", dense_updates=True), sparse(storage="dense")
+    compact, dense = sparse(storage="compact"), sparse(storage="dense")
     masked = agent_optax.mask_params(params, dense.init(params))
     chex.assert_trees_all_close(
         compact.update(grads, compact.init(params), masked)[0], dense.update(grads, dense.init(params), masked)[0]
     )
     static = agent_optax.sparsify(
-        optax.adam(0.1), agent_optax.static(), sparsity=0.7, key=0, storage="compact", dense_updates=True
+        optax.adam(0.1), agent_optax.static(), sparsity=0.7, key=0, storage="compact"
     )
     opt_state = static.init(params)
     updates, _ = static.update(grads, opt_state, params)
@@ -242,13 +243,53 @@ def test_dense_updates_are_those_of_dense_storage() -> None:
     assert not jnp.any(jnp.where(masks["first"], 0, after["first"]))
 
 
-def test_scaled_sparse_updates_are_refused() -> None:
-    params = {"w": jnp.ones((4, 4))}
-    tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=0.5, storage="compact")
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda u: 0.5 * u,
+        lambda u: u / jnp.ones(()),
+        lambda u: -u,
+        lambda u: u + 1.0,
+        lambda u: u**2,
+        lambda u: u @ jnp.ones(4),
+        lambda u: u.astype(jnp.bfloat16),
+        lambda u: u[0],
+        lambda u: float(u),
+        jnp.square,
+        jnp.isfinite,
+        np.asarray,
+        optax.tree.norm,
+        jax.jit(lambda u: u),
+        lambda u: optax.chain(optax.identity(), optax.clip_by_global_norm(1.0)).update(u, (None, None)),
+        lambda u: optax.ema(0.9).update(u, optax.ema(0.9).init(jnp.ones((4, 4)))),
+    ],
+)
+def test_nothing_but_adding_works_with_sparse_updates(compute) -> None:
+    params = jnp.ones((4, 4))
+    tx = agent_optax.sparsify(
+        optax.sgd(0.1), agent_optax.static(), sparsity=0.5, storage="compact", updates="sparse"
+    )
     updates, _ = tx.update(params, tx.init(params), params)
-    halved = jax.tree.map(lambda u: 0.5 * u, updates)
-    with pytest.raises(TypeError, match="dense_updates=True"):
-        optax.apply_updates(params, halved)
+    with pytest.raises((TypeError, ValueError), match=r"can only be added to its parameter.*|updates='arrays'"):
+        compute(updates)
+    assert optax.apply_updates(params, updates).shape == (4, 4)
+
+
+def test_sparse_updates_round_once() -> None:
+    params = jax.random.normal(jax.random.key(0), (8, 8), jnp.bfloat16)
+    grads = jax.random.normal(jax.random.key(1), (8, 8))  # float32
+    sparse = functools.partial(agent_optax.sparsify, optax.sgd(1.0), agent_optax.static(), sparsity=0.5)
+    after = []
+    for options in ({}, {"storage": "compact"}, {"storage": "compact", "updates": "sparse"}):
+        tx = sparse(**options)
+        opt_state = tx.init(params)
+        masked = agent_optax.mask_params(params, opt_state)
+        after.append(optax.apply_updates(masked, tx.update(grads, opt_state, masked)[0]))
+    expected = np.where(
+        agent_optax.active_masks(opt_state, params), (params.astype(jnp.float32) - grads).astype(jnp.bfloat16), 0
+    )
+    for p in after:
+        np.testing.assert_array_equal(p, expected)
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor", "transposing"])

@@ -8,7 +8,7 @@ import pytest
 from conformance import jit
 
 import agent_optax
-from agent_optax.sparsity._selection import select_jointly
+from agent_optax.sparsity.selection._top_k import select_jointly
 
 LAYERS = ("fc0_weight", "fc1_weight", "fc2_weight")
 

@@ -13,7 +13,7 @@ import pytest
 from conformance import jit
 
 import agent_optax
-from agent_optax.sparsity._redistribution import growth, start_redistribution
+from agent_optax.sparsity.topologies._redistribution import growth, start_redistribution
 
 LAYERS = (0, 1, 2)
 RATES = (0, 1)  # indices; each is that of a step, so that one compiled update of a topology serves both

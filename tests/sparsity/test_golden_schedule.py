@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import agent_optax
-from agent_optax.sparsity._set import itop_drop_fraction
+from agent_optax.sparsity.topologies._set import itop_drop_fraction
 
 
 @pytest.mark.parametrize("preset", [agent_optax.set_itop, agent_optax.rigl_itop])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agent_optax
-from agent_optax.sparsity._n_m import Groups
+from agent_optax.sparsity.patterns._n_m import Groups
 
 TOPOLOGIES = {
     "static": agent_optax.static,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agent_optax.sparsity._positions import num_positions, places, positions
+from agent_optax.sparsity.storages._positions import num_positions, places, positions
 
 
 @hypothesis.settings(max_examples=10)

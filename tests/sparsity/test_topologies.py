@@ -216,7 +216,7 @@ def test_bayesian_correction_is_unbiased_at_disconnected_weights():
 
 def test_selection_over_several_arrays():
     """Ties go to the first array and the lowest index; arrays of different dtypes are compared as numbers."""
-    from agent_optax.sparsity._selection import select_jointly
+    from agent_optax.sparsity.selection._top_k import select_jointly
 
     scores = [jnp.array([1.0, 3.0, 2.0]), jnp.array([[3.0, 0.5]], jnp.bfloat16), jnp.zeros((0,))]
     expected = {0: [], 1: [1], 2: [1, 3], 3: [1, 2, 3], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3, 4]}

@@ -1,0 +1,5 @@
+"""Patterns: which masks are allowed; the same names as in `agent_optax`."""
+
+from agent_optax.sparsity.patterns import blocks, n_m, output_channels
+
+__all__ = ["blocks", "n_m", "output_channels"]

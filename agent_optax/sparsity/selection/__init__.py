@@ -1,0 +1,1 @@
+"""Exact selection of the largest scores, with reductions only."""

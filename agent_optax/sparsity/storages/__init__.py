@@ -1,0 +1,1 @@
+"""Storages: how the state of the inner optimizer is kept."""
