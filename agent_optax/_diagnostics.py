@@ -6,7 +6,8 @@ import jax
 import optax
 
 from agent_optax.correction._find import find_corrections
-from agent_optax.sparsity._state import count_nonzero_inactive, find_sparsify
+from agent_optax.sparsity._rewiring import num_nonzero_inactive
+from agent_optax.sparsity._state import find_sparsify
 
 
 def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -> dict[str, jax.Array]:
@@ -56,7 +57,7 @@ def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -
         report["num_dropped"] = state.num_dropped
         report["num_grown"] = state.num_grown
         report["num_nonzero_inactive"] = (
-            state.num_nonzero_inactive if params is None else count_nonzero_inactive(state.active_masks(params), params)
+            state.num_nonzero_inactive if params is None else num_nonzero_inactive(state.active_masks(params), params)
         )
         report["num_topology_updates"] = state.num_topology_updates
         report["num_skipped_updates"] = state.num_skipped_updates

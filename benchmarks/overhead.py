@@ -81,7 +81,8 @@ def optimizers(sparsity: float) -> dict[str, tuple[str, optax.GradientTransforma
     rigl = agent_optax.rigl(update_every=NEVER)
     cases: dict[str, tuple[str, Any]] = {"sgd": ("sgd", momentum()), "adamw": ("adamw", optax.adamw(1e-3))}
     for storage in ("dense", "compact"):
-        sparse = functools.partial(agent_optax.sparsify, sparsity=sparsity, storage=storage)
+        updates = {"updates": "sparse"} if storage == "compact" else {}
+        sparse = functools.partial(agent_optax.sparsify, sparsity=sparsity, storage=storage, **updates)
         cases |= {
             f"static, sgd, {storage}": ("sgd", sparse(momentum(), agent_optax.static())),
             f"SET, sgd, {storage}": ("sgd", sparse(momentum(), agent_optax.set_(update_every=NEVER))),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import zero_like
+from agent_optax._tree import is_masked, zero_like
 from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer
@@ -38,10 +38,9 @@ def when(due: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
     return jax.lax.while_loop(lambda state: (state[0] < 1) & due, iterate, (jnp.zeros((), jnp.int32), carry))[1]
 
 
-class Changed(NamedTuple):
-    """A layer after a topology update."""
+class Changes(NamedTuple):
+    """Counts of a topology update."""
 
-    stored: Any  # what the storage holds of it
     num_dropped: jax.Array  # int32 []
     num_grown: jax.Array  # int32 []
 
@@ -50,7 +49,7 @@ class LayerStorage(NamedTuple):
     """How a storage takes part in a topology update, layer by layer; `stored` is what it holds of one layer."""
 
     see: Callable[[Any], Layer]  # stored -> the layer, whole
-    change: Callable[[Any, Layer, jax.Array], Changed]  # (stored, layer, new mask)
+    change: Callable[[Any, Layer, jax.Array], tuple[Any, Changes]]  # (stored, layer, new mask) -> what it will hold
     keep: Callable[[Any], Any]  # stored -> what it will hold where nothing changes
 
 
@@ -72,52 +71,73 @@ def rewired(
     momenta = topology.momenta(state.topology_state, len(stored))
     patterns = [leaf.pattern for leaf in pruned]
 
-    def rewire_layer(pattern: Pattern, stored: Any, momentum: Any, key: jax.Array) -> Changed:
+    def rewire_layer(pattern: Pattern, stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
         layer = storage.see(stored)._replace(momentum=momentum)
         mask = topology.rewire_layer(pattern.units(layer), step, key)
-        changed = storage.change(stored, layer, pattern.entries(mask, layer.mask))
-        return changed._replace(num_grown=changed.num_dropped) if topology.keeps_counts else changed
+        changed, changes = storage.change(stored, layer, pattern.entries(mask, layer.mask))
+        return changed, changes._replace(num_grown=changes.num_dropped) if topology.keeps_counts else changes
 
-    def keep_layer(stored: Any, momentum: Any, key: jax.Array) -> Changed:
+    def keep_layer(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
         del momentum, key
         zero = zero_like(stored, jnp.int32)
-        return Changed(storage.keep(stored), zero, zero)
+        return storage.keep(stored), Changes(zero, zero)
 
-    def change_layer(pattern: Pattern, layer: tuple[jax.Array, Any, Any, jax.Array]) -> Changed:
-        due, *arguments = layer
-        return jax.lax.cond(due, functools.partial(rewire_layer, pattern), keep_layer, *arguments)
+    def change_layer(pattern: Pattern, layer: tuple[Any, Any], due: jax.Array, key: jax.Array) -> tuple[Any, Changes]:
+        return jax.lax.cond(due, functools.partial(rewire_layer, pattern), keep_layer, *layer, key)
 
     if topology.is_layerwise:
         due = optimizer.layers_due(step, len(stored)) & usable
         keys = jax.random.split(key, max(len(stored), 1))
-        changed = map_layers(
-            change_layer,
-            patterns,
-            [
-                (due[i], layer, momentum, keys[i])
-                for i, (layer, momentum) in enumerate(zip(stored, momenta, strict=True))
-            ],
-        )
+        changed, changes = map_layers(change_layer, patterns, list(zip(stored, momenta, strict=True)), due, keys)
     else:
         layers = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
         units = [pattern.units(layer) for pattern, layer in zip(patterns, layers, strict=True)]
         masks, topology_state = topology.rewire(units, state.topology_state, step, key)
         masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, units, strict=True)]
-        changed = [
+        both = [
             storage.change(s, layer, pattern.entries(mask, layer.mask))
             for s, layer, pattern, mask in zip(stored, layers, patterns, masks, strict=True)
         ]
+        changed = [new for new, _ in both]
+        changes = jax.tree.map(lambda *counts: total(counts), *(counts for _, counts in both)) if both else None
         state = state._replace(
             topology_state=jax.tree.map(lambda n, o: jnp.where(usable, n, o), topology_state, state.topology_state)
         )
     made = usable.astype(jnp.int32)
-    return [layer.stored for layer in changed], state._replace(
+    changes = Changes(made * 0, made * 0) if changes is None else changes
+    return changed, state._replace(
         topology_key=jax.random.key_data(next_key),
-        num_dropped=total([layer.num_dropped for layer in changed]),
-        num_grown=total([layer.num_grown for layer in changed]),
+        num_dropped=changes.num_dropped,
+        num_grown=changes.num_grown,
         num_topology_updates=state.num_topology_updates + made,
         num_skipped_updates=state.num_skipped_updates + (1 - made),
     )
+
+
+def all_finite(*trees: Any) -> jax.Array:
+    """Whether every entry of every leaf is finite, as one bool; leaves of equal shape are looked at in one loop."""
+    leaves = jax.tree.leaves(trees)
+
+    def count(kind: None, leaf: jax.Array) -> tuple[tuple[()], jax.Array]:
+        del kind
+        return (), jnp.any(~jnp.isfinite(leaf)).astype(jnp.int32)
+
+    _, number = map_layers(count, [None] * len(leaves), leaves)
+    return jnp.asarray(True) if number is None else number == 0
+
+
+def num_nonzero_inactive(masks: Any, params: optax.Params) -> jax.Array:
+    """int32 []: the inactive weights that are not zero."""
+    nodes = jax.tree.structure(params).flatten_up_to(masks)
+    pairs = [(m, p) for m, p in zip(nodes, jax.tree.leaves(params), strict=True) if not is_masked(m)]
+
+    def count(kind: None, pair: tuple[jax.Array, jax.Array]) -> tuple[tuple[()], jax.Array]:
+        del kind
+        mask, p = pair
+        return (), jnp.sum((p != 0) & ~mask, dtype=jnp.int32)
+
+    _, number = map_layers(count, [None] * len(pairs), pairs)
+    return jnp.zeros((), jnp.int32) if number is None else number
 
 
 def corrected_grads(grads: optax.Updates, inner_state: optax.OptState, extra_args: dict[str, Any]) -> optax.Updates:

@@ -52,14 +52,14 @@ def random_start(
             for number, pattern, shape, density in zip(numbers, patterns, shapes, initial, strict=True)
         ]
 
-    def random_mask(kind: tuple[Pattern, int], layer: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def random_mask(kind: tuple[Pattern, int], like: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[()]]:
         pattern, number = kind
-        return pattern.random_mask(number, *layer)
+        return pattern.random_mask(number, like, key), ()
 
-    masks = map_layers(
-        random_mask,
-        list(zip(patterns, numbers, strict=True)),
-        [(leaves[leaf.index], jax.random.fold_in(key, leaf.index)) for leaf in pruned],
+    indices = jnp.asarray([leaf.index for leaf in pruned], jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+    masks, _ = map_layers(
+        random_mask, list(zip(patterns, numbers, strict=True)), [leaves[leaf.index] for leaf in pruned], keys
     )
     tree = list[Any]([optax.MaskedNode()] * len(leaves))
     counts = list(tree)

@@ -62,17 +62,6 @@ def apply_masks(masks: Any, params: optax.Params) -> optax.Params:
     )
 
 
-def count_nonzero_inactive(masks: Any, params: optax.Params) -> jax.Array:
-    """int32 []: the inactive weights that are not zero."""
-    counts = jax.tree.map(
-        lambda mask, p: None if is_masked(mask) else jnp.sum((p != 0) & ~mask, dtype=jnp.int32),
-        masks,
-        params,
-        is_leaf=is_masked,
-    )
-    return total(counts)
-
-
 def total(counts: Any) -> jax.Array:
     """The sum of the int32 scalars in a tree."""
     return sum(jax.tree.leaves(counts), jnp.zeros((), jnp.int32))

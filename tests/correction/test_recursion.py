@@ -167,9 +167,7 @@ def test_parameters_that_are_not_finite_are_not_remembered():
 def test_grown_weights_begin_anew(storage):
     """In the step after its growth a weight moves by its raw gradient; the survivors go on with their estimates."""
     params, batches = make_params(), make_batches()
-    tx = agent_optax.sparsify(
-        agent_optax.storm(0.3, a=0.4), agent_optax.rigl(2, 0.5), sparsity=0.5, storage=storage
-    )
+    tx = agent_optax.sparsify(agent_optax.storm(0.3, a=0.4), agent_optax.rigl(2, 0.5), sparsity=0.5, storage=storage)
     opt_state = tx.init(params)
     params = agent_optax.mask_params(params, opt_state)
     update = jit(tx.update)

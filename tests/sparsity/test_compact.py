@@ -233,9 +233,7 @@ def test_updates_are_those_of_dense_storage() -> None:
     chex.assert_trees_all_close(
         compact.update(grads, compact.init(params), masked)[0], dense.update(grads, dense.init(params), masked)[0]
     )
-    static = agent_optax.sparsify(
-        optax.adam(0.1), agent_optax.static(), sparsity=0.7, key=0, storage="compact"
-    )
+    static = agent_optax.sparsify(optax.adam(0.1), agent_optax.static(), sparsity=0.7, key=0, storage="compact")
     opt_state = static.init(params)
     updates, _ = static.update(grads, opt_state, params)
     after = optax.apply_updates(params, updates)
@@ -266,9 +264,7 @@ def test_updates_are_those_of_dense_storage() -> None:
 )
 def test_nothing_but_adding_works_with_sparse_updates(compute) -> None:
     params = jnp.ones((4, 4))
-    tx = agent_optax.sparsify(
-        optax.sgd(0.1), agent_optax.static(), sparsity=0.5, storage="compact", updates="sparse"
-    )
+    tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=0.5, storage="compact", updates="sparse")
     updates, _ = tx.update(params, tx.init(params), params)
     with pytest.raises((TypeError, ValueError), match=r"can only be added to its parameter.*|updates='arrays'"):
         compute(updates)

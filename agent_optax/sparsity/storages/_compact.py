@@ -11,6 +11,7 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import find_corrections
+from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._rewiring import when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
@@ -60,12 +61,16 @@ class Compact(Storage):
         warn_if_gathered(params, pruned)
         packed = jax.tree.map(lambda mask: pack_bits(mask, parts_of(mask)), start.masks)
 
-        def positions(bits: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+        def positions(count: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[()]]:
+            bits, mask = layer
             num_parts = bits.size // max(bits.shape[-1], 1)
-            return positions_of(bits, min(count, mask.size // num_parts))
+            return positions_of(bits, min(count, mask.size // num_parts)), ()
 
+        masks, treedef = jax.tree.flatten(start.masks)
+        bits = jax.tree.leaves(packed)
+        indices, _ = map_layers(positions, jax.tree.leaves(start.counts), list(zip(bits, masks, strict=True)))
         active = CompactActive(
-            indices=jax.tree.map(positions, packed, start.masks, start.counts),
+            indices=treedef.unflatten(indices),
             point_indices=None,
             is_uncorrected=None,
             ever_active=None if optimizer.topology.is_static else packed,

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import all_finite, is_masked, updated
+from agent_optax._tree import is_masked, updated
+from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer
-from agent_optax.sparsity._rewiring import Changed, LayerStorage, rewired
+from agent_optax.sparsity._rewiring import Changes, LayerStorage, all_finite, rewired
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
-from agent_optax.sparsity._state import SparsifyState, count_nonzero_inactive
+from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity.inner._state_arrays import NO_LEAF, leaf_of_each_state
 from agent_optax.sparsity.selection._top_k import num_true
 from agent_optax.sparsity.storages._compact_active import (
@@ -47,12 +48,10 @@ def compact_rewire(
     active: CompactActive = state.active_weights
     structure = jax.tree.structure(params)
     columns = [structure.flatten_up_to(tree) for tree in (active.indices, params, updates, grads, active.ever_active)]
-    stored = [
-        StoredLayer(i, rows_at(i, p), u, g, e)
-        for i, p, u, g, e in ([column[leaf.index] for column in columns] for leaf in pruned)
-    ]
-    usable = all_finite((grads, [updated(layer.weights, layer.updates) for layer in stored]))
-    state = state._replace(num_nonzero_inactive=count_nonzero_inactive(active.masks(params), params))
+    stored = [StoredLayer(*(column[leaf.index] for column in columns)) for leaf in pruned]
+    _, (num_not_finite, num_nonzero_inactive) = map_layers(_looked_at, [None] * len(stored), stored)
+    usable = all_finite(grads) & (num_not_finite == 0)
+    state = state._replace(num_nonzero_inactive=num_nonzero_inactive)
     changed, state = rewired(optimizer, _LAYERS, pruned, stored, usable, state)
     like = jax.tree.structure(active.indices)
     new = ChangedLayer(*(like.unflatten([layer[k] for layer in changed]) for k in range(len(ChangedLayer._fields))))
@@ -87,7 +86,7 @@ class StoredLayer(NamedTuple):
     """What compact storage holds of a layer at a topology update; rows are [nnz] or [*parts, capacity]."""
 
     indices: jax.Array  # int32, rows
-    weights: jax.Array  # rows, before the step
+    params: jax.Array  # of the whole layer, before the step
     updates: jax.Array  # rows
     grads: jax.Array  # of the whole layer
     ever_active: jax.Array  # uint8, packed
@@ -104,11 +103,23 @@ class ChangedLayer(NamedTuple):
     ever_active: jax.Array  # uint8, packed
 
 
+def _looked_at(kind: None, stored: StoredLayer) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
+    """Counts: whether a weight is not finite after the step, and the inactive weights that are not zero."""
+    del kind
+    not_finite = jnp.any(~jnp.isfinite(_new_weights(stored))).astype(jnp.int32)
+    active = rows_at(stored.indices, stored.params)
+    return (), (not_finite, num_true(stored.params != 0) - num_true(active != 0))
+
+
+def _new_weights(stored: StoredLayer) -> jax.Array:
+    return updated(rows_at(stored.indices, stored.params), stored.updates)
+
+
 def _see(stored: StoredLayer) -> Layer:
     indices = stored.indices
     mask = mask_at(indices, stored.grads)
     return Layer(
-        weights=scatter_rows(indices, updated(stored.weights, stored.updates), stored.grads),
+        weights=scatter_rows(indices, _new_weights(stored), stored.grads),
         mask=mask,
         grads=stored.grads,
         ever_active=unpack_bits(stored.ever_active, mask),
@@ -116,22 +127,23 @@ def _see(stored: StoredLayer) -> Layer:
     )
 
 
-def _change(stored: StoredLayer, layer: Layer, mask: jax.Array) -> Changed:
+def _change(stored: StoredLayer, layer: Layer, mask: jax.Array) -> tuple[ChangedLayer, Changes]:
     old, parts = stored.indices, stored.indices.shape[:-1]
     packed = pack_bits(mask, parts)
     indices = positions_of(packed, old.shape[-1])
     origin, survives = row_by_row(places, parts)(pack_bits(layer.mask, parts), indices)
-    weights = _take(updated(stored.weights, stored.updates), origin)
+    weights = _take(_new_weights(stored), origin)
+    step_back = -rows_at(old, stored.params).astype(stored.updates.dtype)
     changed = ChangedLayer(
         indices=indices,
         origin=origin,
         survives=survives,
         weights=jnp.where(survives, weights, jnp.zeros_like(weights)),
-        updates=jnp.where(rows_at(old, mask), stored.updates, -stored.weights.astype(stored.updates.dtype)),
+        updates=jnp.where(rows_at(old, mask), stored.updates, step_back),
         ever_active=stored.ever_active | packed,
     )
     num_new = num_positions(indices) - num_true(survives)
-    return Changed(changed, num_new, num_new)
+    return changed, Changes(num_new, num_new)
 
 
 def _keep(stored: StoredLayer) -> ChangedLayer:
@@ -141,7 +153,7 @@ def _keep(stored: StoredLayer) -> ChangedLayer:
         indices=indices,
         origin=jnp.zeros_like(indices) + place,
         survives=jnp.ones_like(indices, dtype=bool),
-        weights=updated(stored.weights, stored.updates),
+        weights=_new_weights(stored),
         updates=stored.updates,
         ever_active=stored.ever_active,
     )

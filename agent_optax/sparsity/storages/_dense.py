@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import all_finite, is_masked
+from agent_optax._tree import is_masked
 from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._layer import Layer
-from agent_optax.sparsity._rewiring import Changed, LayerStorage, corrected_grads, rewired, when
+from agent_optax.sparsity._rewiring import (
+    Changes,
+    LayerStorage,
+    all_finite,
+    corrected_grads,
+    num_nonzero_inactive,
+    rewired,
+    when,
+)
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
 from agent_optax.sparsity._start import Start
-from agent_optax.sparsity._state import SparsifyState, apply_masks, count_nonzero_inactive, total
+from agent_optax.sparsity._state import SparsifyState, apply_masks, total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity.inner._like_params import map_like_params
 from agent_optax.sparsity.inner._state_arrays import NO_LEAF
@@ -103,8 +111,8 @@ class Dense(Storage):
             updates, _ = step(masks, old_state)
             new_params = optax.apply_updates(params, _masked_updates(masks, updates, params))
             growth_grads = corrected_grads(grads, old_state, extra_args) if optimizer.grow_by == "corrected" else grads
-            state = state._replace(num_nonzero_inactive=count_nonzero_inactive(masks, params))
-            return _rewired(optimizer, pruned, state, new_params, growth_grads, all_finite((grads, new_params)))
+            state = state._replace(num_nonzero_inactive=num_nonzero_inactive(masks, params))
+            return _rewired(optimizer, pruned, state, new_params, growth_grads, all_finite(grads, new_params))
 
         due = jnp.any(optimizer.layers_due(state.topology_step, len(pruned)))
         if not is_static:
@@ -198,9 +206,10 @@ def _see(stored: _StoredLayer) -> Layer:
     return Layer(stored.weights, (stored.activity & NOW) != 0, stored.grads, stored.ever_active)
 
 
-def _change(stored: _StoredLayer, layer: Layer, mask: jax.Array) -> Changed:
+def _change(stored: _StoredLayer, layer: Layer, mask: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Changes]:
     activity = _bit(layer.mask, BEFORE) | _bit(mask, NOW)
-    return Changed((activity, stored.ever_active | mask), num_true(layer.mask & ~mask), num_true(mask & ~layer.mask))
+    changes = Changes(num_true(layer.mask & ~mask), num_true(mask & ~layer.mask))
+    return (activity, stored.ever_active | mask), changes
 
 
 def _keep(stored: _StoredLayer) -> tuple[jax.Array, jax.Array]:

@@ -12,10 +12,10 @@ import optax
 
 from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.correction._find import find_corrections
-from agent_optax.sparsity._rewiring import when
+from agent_optax.sparsity._rewiring import num_nonzero_inactive, when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
-from agent_optax.sparsity._state import SparsifyState, apply_masks, count_nonzero_inactive, total
+from agent_optax.sparsity._state import SparsifyState, apply_masks, total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity.selection._top_k import random_scores
 
@@ -197,7 +197,7 @@ class Latent(Storage):
             topology_key=jax.random.key_data(next_key),
             num_dropped=total([jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs]),
             num_grown=total([jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs]),
-            num_nonzero_inactive=count_nonzero_inactive(connected, params),
+            num_nonzero_inactive=num_nonzero_inactive(connected, params),
             num_topology_updates=state.num_topology_updates + made,
             num_skipped_updates=state.num_skipped_updates + (1 - made),
         )
