@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 FEWEST_IN_A_LOOP = 4  # a loop keeps a copy of a layer and of all outputs: a few layers take less memory without
 
 

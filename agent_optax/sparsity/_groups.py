@@ -32,7 +32,8 @@ class Groups:
             other_first = jax.lax.dynamic_slice_in_dim(first, j, 1, INPUT_AXIS)
             position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + INPUT_AXIS)
             is_better = (other > scores) | ((other == scores) & (j < position))
-            return before + ((other_first & ~first) | ((other_first == first) & is_better))
+            is_before = (other_first & ~first) | ((other_first == first) & is_better)
+            return before + is_before.astype(jnp.int32)
 
         before = jax.lax.fori_loop(0, self.m, count, jnp.zeros_like(scores, dtype=jnp.int32))
         return join_axes(before < self.n, like)

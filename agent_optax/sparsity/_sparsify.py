@@ -19,7 +19,7 @@ from agent_optax.sparsity._start import Start, given_start, random_start
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._storage import Storage
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import given_masks, kernels, prunable
+from agent_optax.sparsity._where import copied_masks, kernels, prunable
 from agent_optax.sparsity.inner._like_params import split_args
 from agent_optax.sparsity.storages._compact import Compact
 from agent_optax.sparsity.storages._dense import Dense
@@ -154,7 +154,7 @@ def sparsify(
 
     def start_of(params: optax.Params, mask_key: jax.Array) -> Start:
         if masks is not None and jax.tree.leaves(params):
-            active = given_masks(params, masks)
+            active, originals = copied_masks(params, masks)
             pruned = optimizer.pruned_leaves(params, active)
             frozen = optimizer.frozen_leaves(params, pruned)
             if frozen and not topology.is_static:
@@ -164,7 +164,7 @@ def sparsify(
                     "agent_optax.static()."
                 )
             final_sparsity = None if topology.initial_sparsity is None else sparsity
-            return given_start(params, active, pruned, final_sparsity, distribution, storing.needs_counts)
+            return given_start(params, active, originals, pruned, final_sparsity, distribution, storing.needs_counts)
         chosen = prunable(params, where)
         pruned = pruned_among(params, chosen)
         frozen = optimizer.frozen_leaves(params, pruned)

@@ -71,6 +71,7 @@ def random_start(
 def given_start(
     params: optax.Params,
     masks: Any,
+    originals: Sequence[Any],
     pruned: Sequence[PrunedLeaf],
     final_sparsity: Any,
     distribution: Distribution,
@@ -94,7 +95,8 @@ def given_start(
         chosen = jax.tree.map(lambda _, m: not is_masked(m), params, masks)
         shared = [density for _, density in densities(params, chosen, final_sparsity, distribution)]
         targets, _ = _targets([mask.shape for mask in given], patterns, shared)
-    return Start(masks, jax.tree.map(_concrete_count, masks) if needs_counts else None, targets)
+    counts = jax.tree.structure(masks).unflatten(map(_concrete_count, originals)) if needs_counts else None
+    return Start(masks, counts, targets)
 
 
 def _is_surely_false(truth: jax.Array) -> bool:
@@ -117,7 +119,7 @@ def _targets(
     return targets, numbers
 
 
-def _concrete_count(mask: jax.Array) -> int:
+def _concrete_count(mask: Any) -> int:
     try:
         return int(np.count_nonzero(np.asarray(mask)))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:

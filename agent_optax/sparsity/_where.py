@@ -191,7 +191,13 @@ def _sparsity_of_each(sparsity: Any, params: optax.Params) -> list[Any]:
 
 def given_masks(params: optax.Params, masks: Any) -> Any:
     """Checked copies of given masks, with MaskedNode for None, which may stand for a subtree."""
+    return copied_masks(params, masks)[0]
+
+
+def copied_masks(params: optax.Params, masks: Any) -> tuple[Any, list[Any]]:
+    """`given_masks`, and the masks themselves in their order: inside `jax.jit` those may be known, and copies not."""
     names = iter(leaf_names(params))
+    originals: list[Any] = []
 
     def check(mask: Any, leaf: Any) -> Any:
         name = next(names)
@@ -203,6 +209,7 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
                 f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the leaf {list(jnp.shape(leaf))}. "
                 "Use None where nothing is pruned."
             )
+        originals.append(mask)
         return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
 
     def check_each(mask: Any, subtree: Any) -> Any:
@@ -221,7 +228,7 @@ def given_masks(params: optax.Params, masks: Any) -> Any:
         ) from error
     if not jax.tree.leaves(checked):
         raise ValueError("masks= holds no mask, only None: give a boolean array for each leaf to prune.")
-    return checked
+    return checked, originals
 
 
 def _is_leaf_or_hidden(node: Any) -> bool:

@@ -67,7 +67,7 @@ class TableState(_TableFields, MemoryState):
             entry_age,
         )
         change = jax.tree.map(
-            lambda new, old, total: jnp.where(is_row, new.astype(total.dtype) - old, 0),
+            lambda new, old, total: jnp.where(is_row, new.astype(total.dtype) - old.astype(total.dtype), 0),
             new_row,
             old_row,
             self.table_sum,
@@ -75,7 +75,7 @@ class TableState(_TableFields, MemoryState):
         table_sum = jax.tree.map(lambda total, d, ok: jnp.where(ok, total + d, 0), self.table_sum, change, usable)
 
         def mean(total: jax.Array, d: jax.Array, age: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(age > oldest + 1, (total - d) / num_written, old)
+            return jnp.where(age > oldest + 1, (total - d) / num_written.astype(total.dtype), old.astype(total.dtype))
 
         return Recalled(
             old_grads=old_row,

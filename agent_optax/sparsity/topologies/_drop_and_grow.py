@@ -12,6 +12,7 @@ import optax
 
 from agent_optax._tree import all_finite, is_masked, statistics_dtype
 from agent_optax._validation import check_fraction
+from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._topology import Topology
 from agent_optax.sparsity.selection._top_k import num_true, select
@@ -198,17 +199,25 @@ class DropAndGrow(Topology):
         real = state.redistribution.adjusted_growth.dtype
         active = jnp.stack([num_true(layer.mask) for layer in layers])
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
-        means = [
-            jnp.sum(jnp.where(layer.mask, statistic(layer, keys[i]), 0).astype(real)) / jnp.maximum(active[i], 1)
-            for i, layer in enumerate(layers)
-        ]
-        share = shares(jnp.stack(means))
-        dropped = num_dropped(drop_fractions(fraction.astype(real), share, (sizes - active) / sizes), active)
-        regrown = growth(share, jnp.sum(dropped) + state.redistribution.adjusted_growth, sizes - active + dropped)
-        regrown = jnp.maximum(regrown, 0).astype(jnp.int32)
-        masks = []
-        for i, layer in enumerate(layers):
-            drop_key, grow_key = jax.random.split(keys[i])
-            kept = select(self.drop(layer, drop_key), active[i] - dropped[i], candidates=layer.mask)
-            masks.append(kept | select(self.grow(layer, grow_key), regrown[i], candidates=~kept))
+
+        def mean(kind: None, layer: Layer, num_active: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[()]]:
+            del kind
+            scores = jnp.where(layer.mask, statistic(layer, key), 0).astype(real)
+            return jnp.sum(scores) / jnp.maximum(num_active, 1).astype(real), ()
+
+        def replace(
+            kind: None, layer: Layer, num_kept: jax.Array, num_grown: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, tuple[()]]:
+            del kind
+            drop_key, grow_key = jax.random.split(key)
+            kept = select(self.drop(layer, drop_key), num_kept, candidates=layer.mask)
+            return kept | select(self.grow(layer, grow_key), num_grown, candidates=~kept), ()
+
+        kinds = [None] * len(layers)
+        share = shares(jnp.stack(map_layers(mean, kinds, layers, active, keys)[0]))
+        sparsity = (sizes - active).astype(real) / sizes.astype(real)
+        dropped = num_dropped(drop_fractions(fraction.astype(real), share, sparsity), active)
+        budget = jnp.sum(dropped).astype(real) + state.redistribution.adjusted_growth
+        regrown = jnp.maximum(growth(share, budget, sizes - active + dropped), 0).astype(jnp.int32)
+        masks, _ = map_layers(replace, kinds, layers, active - dropped, regrown, keys)
         return masks, state._replace(redistribution=state.redistribution.after(jnp.sum(active - dropped + regrown)))

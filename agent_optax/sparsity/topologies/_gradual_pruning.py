@@ -12,6 +12,7 @@ import optax
 
 from agent_optax._tree import statistics_dtype
 from agent_optax._validation import check_fraction, is_concrete_number
+from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._rounding import tolerant_ceil
 from agent_optax.sparsity._topology import Topology
@@ -140,19 +141,23 @@ class GradualPruning(Topology):
             fraction = jnp.where(step < self.end, fraction_at(self.drop_fraction, step), 0)
             keys = jax.random.split(key, max(len(layers), 1))
             rule = rigl_rule()
-            masks = [
-                rule.replace(layer._replace(mask=mask, groups=None), fraction, keys[i])
-                for i, (layer, mask) in enumerate(zip(layers, masks, strict=True))
-            ]
+
+            def replace(kind: None, layer: tuple[Layer, jax.Array], key: jax.Array) -> tuple[jax.Array, tuple[()]]:
+                del kind
+                pruned, mask = layer
+                return rule.replace(pruned._replace(mask=mask, groups=None), fraction, key), ()
+
+            masks, _ = map_layers(replace, [None] * len(layers), list(zip(layers, masks, strict=True)), keys)
         return masks, state
 
     def _targets(self, layers: Sequence[Layer], state: GradualPruningState, step: jax.Array) -> jax.Array:
         """The number of active weights of each layer [layers] at this step."""
         first = self.times.start
-        remaining = (1 - jnp.clip((step - first) / (self.end - first), 0, 1)) ** 3
+        real = state.final_sparsity.dtype
+        remaining = (1 - jnp.clip((step - first).astype(real) / (self.end - first), 0, 1)) ** 3
         sparsity = state.final_sparsity + (state.start_sparsity - state.final_sparsity) * remaining
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
-        return jnp.where(step >= self.end, state.final_active, tolerant_ceil((1 - sparsity) * sizes))
+        return jnp.where(step >= self.end, state.final_active, tolerant_ceil((1 - sparsity) * sizes.astype(real)))
 
     def _pruned(self, layers: Sequence[Layer], targets: jax.Array, is_last: jax.Array) -> list[jax.Array]:
         """The masks of the weights of largest magnitude; the best of each group are safe, and all that is left at last.
@@ -168,14 +173,17 @@ class GradualPruning(Topology):
         ]
 
     def _largest(self, scores: Sequence[jax.Array], layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
-        active = [num_true(layer.mask) for layer in layers]
+        active = jnp.stack([num_true(layer.mask) for layer in layers])
+        masks = [layer.mask for layer in layers]
         if self.scope == "global":
-            total = jnp.minimum(jnp.sum(targets), sum(active, jnp.zeros((), jnp.int32)))
-            return select_jointly(scores, total, [layer.mask for layer in layers])
-        return [
-            select(score, jnp.minimum(targets[i], active[i]), layer.mask)
-            for i, (score, layer) in enumerate(zip(scores, layers, strict=True))
-        ]
+            return select_jointly(scores, jnp.minimum(jnp.sum(targets), jnp.sum(active)), masks)
+
+        def largest(kind: None, layer: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[jax.Array, tuple[()]]:
+            del kind
+            return select(layer[0], number, layer[1]), ()
+
+        pairs = list(zip(scores, masks, strict=True))
+        return map_layers(largest, [None] * len(pairs), pairs, jnp.minimum(targets, active))[0]
 
 
 def _magnitude(layer: Layer) -> jax.Array:

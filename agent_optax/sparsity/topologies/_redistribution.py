@@ -24,7 +24,7 @@ class RedistributionState(NamedTuple):
         r""":math:`a \leftarrow a / 4 + 3 d / 4 + \bar d`, with the deficit d = baseline - active and its mean."""
         deficit = (self.baseline_active - num_active).astype(self.adjusted_growth.dtype)
         total, number = self.total_deficit + deficit, self.num_deficits + 1
-        adjusted = 0.25 * self.adjusted_growth + 0.75 * deficit + total / number
+        adjusted = 0.25 * self.adjusted_growth + 0.75 * deficit + total / number.astype(total.dtype)
         return RedistributionState(self.baseline_active, adjusted, total, number)
 
 
@@ -54,9 +54,9 @@ def growth(share: jax.Array, budget: jax.Array, num_inactive: jax.Array) -> jax.
     cap = LARGEST_FILL * num_inactive.astype(share.dtype)
 
     def spread(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        turn, regrow, overflow = carry
+        round_, regrow, overflow = carry
         regrow = regrow + overflow / share.size
-        return turn + 1, jnp.minimum(regrow, cap), jnp.sum(jnp.maximum(regrow - cap, 0))
+        return round_ + 1, jnp.minimum(regrow, cap), jnp.sum(jnp.maximum(regrow - cap, 0))
 
     def is_left(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return ((carry[0] == 0) | (carry[2] > 0)) & (carry[0] < MAX_ROUNDS)

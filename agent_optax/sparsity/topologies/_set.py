@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
 from agent_optax._validation import check_positive_int
@@ -50,7 +51,8 @@ def set_(
 def itop_drop_fraction(total_steps: int, initial: float = 0.5) -> optax.Schedule:
     """The cosine of ITOP: from `initial` to 0.005 over training."""
     check_positive_int("total_steps", total_steps, "it is the number of optimizer steps in the whole training run")
-    return optax.cosine_decay_schedule(initial, total_steps, alpha=ITOP_FINAL_FRACTION / initial)
+    schedule = optax.cosine_decay_schedule(initial, total_steps, alpha=ITOP_FINAL_FRACTION / initial)
+    return lambda step: schedule(jnp.asarray(step).astype(float))
 
 
 def set_itop(total_steps: int, update_every: int = 1500) -> DropAndGrow:
