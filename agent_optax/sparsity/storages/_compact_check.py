@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._where import is_function
 from agent_optax.sparsity.inner._like_params import likely_extra_args, map_like_params, split_args
 from agent_optax.sparsity.inner._same_program import first_difference
 from agent_optax.sparsity.inner._traits import trace_update
@@ -41,7 +42,8 @@ def check_on_entries(
                 continue
             return check_on_entries(optimizer, grads, params, guess, pruned, indices)
         return None
-    functions = [name for name, arg in extra_args.items() if callable(arg)]
+    _, others = split_args(extra_args)
+    functions = [name for name, arg in others.items() if is_function(arg)]
     if functions:
         raise _refused(f"it is given the function {functions[0]}=, which would be called with active entries only")
     key = _kind(grads, params, extra_args, pruned, indices)
