@@ -23,6 +23,8 @@ from overhead import NUM_BATCHES, selected
 from rich.console import Console
 from rich.table import Table
 
+from agent_optax.typing import MemoryState
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -50,10 +52,11 @@ def num_bytes(tree: Any) -> int:
 def needs_old_grads(opt_state: Any) -> bool:
     """Whether a memory in the state wants a second gradient, which is an argument of the step like the first."""
 
-    def asks(node: Any) -> bool:
-        return hasattr(node, "evaluation_point")
+    def is_memory(node: Any) -> bool:
+        return isinstance(node, MemoryState)
 
-    return any(asks(node) for node in jax.tree.leaves(opt_state, is_leaf=asks))
+    memories = [node for node in jax.tree.leaves(opt_state, is_leaf=is_memory) if is_memory(node)]
+    return any(memory.evaluation_point() is not None for memory in memories)
 
 
 def step_bytes(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any) -> int | None:

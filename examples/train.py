@@ -151,10 +151,8 @@ def measure(
         test_accuracy=test_accuracy,
         correlation=means.get("correlation"),
         correction_weight=means.get("correction_weight"),
-        **{
-            name: float(report[name]) if name in report else None
-            for name in ("variance_ratio", "sparsity", "exploration_rate")
-        },
+        variance_ratio=float(report["variance_ratio"]) if report.get("variance_ratio_known") else None,
+        **{name: float(report[name]) if name in report else None for name in ("sparsity", "exploration_rate")},
     )
 
 

@@ -138,10 +138,11 @@ def sparsify(
         active_weights, inner_state = storing.start(optimizer, start, params, key)
         zero = zero_like(params, jnp.int32)
         num_prunable = sum(mask.size for mask in jax.tree.leaves(start.masks))
+        topology_state = topology.init(params, start.masks, start.targets)
         return SparsifyState(
             inner_state=inner_state,
             active_weights=active_weights,
-            topology_state=topology.init(params, start.masks, start.targets),
+            topology_state=jax.tree.map(lambda array: array + zero.astype(array.dtype), topology_state),
             num_prunable=jnp.asarray(num_prunable, jnp.float32),
             topology_key=jax.random.key_data(topology_key),
             topology_step=jnp.zeros((), jnp.int32),

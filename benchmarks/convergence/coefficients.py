@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax.typing import CoefficientState, Estimate
+
 DECAY = 0.98  # of averages over steps, as in gradient_regression
 
 
 def _inner(first: Any, second: Any) -> jax.Array:
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)  # not vdot: compact storage refuses its reshape
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
@@ -36,22 +38,16 @@ def _slope(covariance: jax.Array, variance: jax.Array, otherwise: jax.Array) -> 
     return jnp.where(measured, jnp.clip(covariance / jnp.where(measured, variance, 1), 0, 1), otherwise)
 
 
-class ByPositionState(NamedTuple):
-    """State of `ByPosition`; P parts of the time between two refreshes."""
-
+class _ByPositionFields(NamedTuple):
     correlation: jax.Array  # float []: c of this step
     position: jax.Array  # int []: steps since the refresh
     recent: jax.Array  # float [3]: <new, old>, |old|^2, |new|^2 of deviations from the mean, averaged over steps
     current: jax.Array  # float [P, 3]: their sums since the refresh
     past: jax.Array  # float [P, 3]: the sums of the epochs before, averaged over epochs
 
-    def per_leaf(self, num_leaves: int) -> list[jax.Array]:
-        """One for all."""
-        return [self.correlation] * num_leaves
 
-    def needs_loss_pairs(self) -> bool:
-        """Losses do not matter."""
-        return False
+class ByPositionState(_ByPositionFields, CoefficientState):
+    """State of `ByPosition`; P parts of the time between two refreshes."""
 
     def refreshed(self, losses: jax.Array, old_losses: jax.Array | None, is_first: jax.Array) -> ByPositionState:
         """Averages the sums since the last refresh in; the position starts again."""
@@ -65,10 +61,12 @@ class ByPositionState(NamedTuple):
             past=jnp.where(self.current[:, 1:2] > 0, averaged, self.past),
         )
 
-    def variance_ratio(self, scaling: jax.Array) -> jax.Array:
+    def variance_ratio(self, scaling: jax.Array) -> Estimate:
         """As `gradient_regression` estimates it."""
         w = scaling * self.correlation
-        return 1 - (2 * w * self.recent[0] - w**2 * self.recent[1]) / self.recent[2]
+        left = self.recent[2] - 2 * w * self.recent[0] + w**2 * self.recent[1]
+        is_known = self.recent[2] > 0
+        return Estimate(jnp.where(is_known, left / jnp.where(is_known, self.recent[2], 1), 1), is_known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,31 +112,21 @@ class ByPosition:
         )
 
 
-class BiasAwareState(NamedTuple):
-    """State of `BiasAware`; averages over the steps since the refresh, of deviations from the mean gradient."""
-
+class _BiasAwareFields(NamedTuple):
     correlation: jax.Array  # float []: c
     weight: jax.Array  # float []: of the averages, up to 1
     moments: jax.Array  # float [3]: <new, old>, |old|^2, |new|^2
     new_bias: optax.Updates  # like the gradient
     old_bias: optax.Updates  # like the gradient: b
 
-    def per_leaf(self, num_leaves: int) -> list[jax.Array]:
-        """One for all."""
-        return [self.correlation] * num_leaves
 
-    def needs_loss_pairs(self) -> bool:
-        """Losses do not matter."""
-        return False
+class BiasAwareState(_BiasAwareFields, CoefficientState):
+    """State of `BiasAware`; averages over the steps since the refresh, of deviations from the mean gradient."""
 
     def refreshed(self, losses: jax.Array, old_losses: jax.Array | None, is_first: jax.Array) -> BiasAwareState:
         """Starts again from c = 0: whether there is a bias has to be seen first."""
         del losses, old_losses, is_first
         return jax.tree.map(jnp.zeros_like, self)
-
-    def variance_ratio(self, scaling: jax.Array) -> jax.Array:
-        """Not estimated."""
-        return jnp.full_like(scaling, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)

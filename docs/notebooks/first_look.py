@@ -130,7 +130,8 @@ for name, curve in curves.items():
     axes[0].semilogy(epochs, losses, label=name)
     axes[1].plot(epochs, 100 * np.array(accuracies), label=name)
 axes[2].plot(epochs, [float(report["correlation"]) for report in reports], color="C1", label="weight $w$")
-axes[2].plot(epochs, [float(report["variance_ratio"]) for report in reports], color="C2", label="variance left")
+left = [float(report["variance_ratio"]) if report["variance_ratio_known"] else np.nan for report in reports]
+axes[2].plot(epochs, left, color="C2", label="variance left")
 for axis, title in zip(axes, ("training loss", "test accuracy, %", "what the correction measures"), strict=True):
     axis.set(title=title, xlabel="epoch")
     axis.legend()

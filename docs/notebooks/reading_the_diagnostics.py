@@ -137,7 +137,7 @@ for axis in axes[1:]:
 # gradients than SGD. The mean of the running estimate over an epoch is the number to hold against that.
 
 # %%
-left = np.array([np.nanmean(reports["variance_ratio"]) for reports in running])
+left = np.array([np.mean(r["variance_ratio"], where=r["variance_ratio_known"]) for r in running])
 for epoch, ratio in enumerate(left, start=1):
     print(f"epoch {epoch}: {ratio:.2f} of the variance left, {'less' if ratio < 1 / 3 else 'more'} than a third")
 

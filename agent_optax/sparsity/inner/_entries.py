@@ -192,7 +192,9 @@ def _leading(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Fi
         elif _only_leading(eqn, layout):
             return Known(leaf, layout, is_mixed, depends=True, rest=rest)
     found.structure.add(name)
-    is_joined = name == "concatenate" and len(out) == 1 and all(len(o.layout) == 1 for o in arrays if o.leaf is not None)
+    is_joined = (
+        name == "concatenate" and len(out) == 1 and all(len(o.layout) == 1 for o in arrays if o.leaf is not None)
+    )
     return Known(is_mixed=True, is_joined=is_joined, depends=True)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from agent_optax._tree import zero_like
+
 LARGEST_FILL = 0.99  # of a layer's inactive weights: Dettmers and Zettlemoyer leave a little room
 ALMOST_DENSE = 0.2  # sparsity below which a layer that is to grow gives up no more than its inactive share
 MAX_ROUNDS = 1000
@@ -61,5 +63,5 @@ def growth(share: jax.Array, budget: jax.Array, num_inactive: jax.Array) -> jax.
     def is_left(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return ((carry[0] == 0) | (carry[2] > 0)) & (carry[0] < MAX_ROUNDS)
 
-    start = (jnp.zeros((), jnp.int32), jnp.round(share * budget), jnp.zeros((), share.dtype))
+    start = (jnp.zeros((), jnp.int32), jnp.round(share * budget), zero_like((budget, cap), share.dtype))
     return jax.lax.while_loop(is_left, spread, start)[1]
