@@ -138,11 +138,13 @@ def rewired(kernel: np.ndarray, mask: np.ndarray, grad: np.ndarray) -> np.ndarra
     return mask
 
 
-def run_plain(inner: Inner, factor: float) -> tuple[list[np.ndarray], int]:
+@functools.cache
+def run_plain(name: str, topology: str, factor: float) -> tuple[list[np.ndarray], int]:
     """The kernel after each step of the plain optimizer: on the active entries alone, or on the matrix with zeros.
 
     And the number of traces: SAM's state changes its type once.
     """
+    inner = EVERY[name]
     tx = optax.with_extra_args_support(inner.make())
     params, mask = start()
 
@@ -165,7 +167,7 @@ def run_plain(inner: Inner, factor: float) -> tuple[list[np.ndarray], int]:
         moved = optax.apply_updates(seen(params), updates)
         kernel = np.zeros(SHAPE, np.float32)
         kernel[mask] = np.ravel(moved["kernel"]) if inner.is_entrywise else np.asarray(moved["kernel"])[mask]
-        if step % UPDATE_EVERY == 0:
+        if topology == "rigl" and step % UPDATE_EVERY == 0:
             old, mask = mask, rewired(kernel, mask, grads["kernel"])
             kernel = np.where(old & mask, kernel, 0)
             state = _restarted(tx, inner, state, seen({**moved, "kernel": kernel}), old, mask)
@@ -190,11 +192,13 @@ def _restarted(tx: Any, inner: Inner, state: Any, params: Any, old: np.ndarray, 
     return jax.tree.map(restart, state, tx.init(params))
 
 
-def run_sparse(inner: Inner, storage: str, factors: tuple[float, ...]) -> tuple[list[list[np.ndarray]], int]:
+def run_sparse(
+    inner: Inner, topology: str, storage: str, factors: tuple[float, ...]
+) -> tuple[list[list[np.ndarray]], int]:
     """The kernels after each step, for each factor, with one program for all of them; and the number of traces."""
     params, mask = start()
-    topology = agent_optax.rigl(UPDATE_EVERY, DROP)
-    tx = agent_optax.sparsify(inner.make(), topology, masks={"kernel": mask, "bias": None}, storage=storage)
+    chosen = agent_optax.rigl(UPDATE_EVERY, DROP) if topology == "rigl" else agent_optax.static()
+    tx = agent_optax.sparsify(inner.make(), chosen, masks={"kernel": mask, "bias": None}, storage=storage)
     traces = []
 
     def step(params: Any, opt_state: Any, grads: Any, args: Any, functions: Any) -> Any:
@@ -217,18 +221,19 @@ def run_sparse(inner: Inner, storage: str, factors: tuple[float, ...]) -> tuple[
     return runs, len(traces)
 
 
-@pytest.mark.parametrize("storage", ["dense", "compact"])
 @pytest.mark.parametrize("name", EVERY)
-def test_it_is_the_plain_optimizer_on_active_entries(name: str, storage: str) -> None:
+@pytest.mark.parametrize("topology", ["static", "rigl"])
+@pytest.mark.parametrize("storage", ["dense", "compact"])
+def test_it_is_the_plain_optimizer_on_active_entries(storage: str, topology: str, name: str) -> None:
     inner = EVERY[name]
     if storage == "compact" and inner.refused:
         with pytest.raises(ValueError, match=inner.refused):
-            run_sparse(inner, storage, (10.0,))
+            run_sparse(inner, topology, storage, (10.0,))
         return
     # Inactive gradients are larger than all others, so that their size has no part in what grows.
-    (kernels, blown_up), num_traces = run_sparse(inner, storage, (10.0, 1e4))
+    (kernels, blown_up), num_traces = run_sparse(inner, topology, storage, (10.0, 1e4))
     np.testing.assert_array_equal(kernels, blown_up)
-    plain, num_plain_traces = run_plain(inner, 10.0)
+    plain, num_plain_traces = run_plain(name, topology, 10.0)
     np.testing.assert_allclose(kernels, plain, rtol=2e-4, atol=2e-6)
     assert num_traces == num_plain_traces
 
