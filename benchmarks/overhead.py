@@ -1,10 +1,12 @@
 """What sparsity and correction cost a step, as ratios to plain Optax measured in the same process.
 
-Both the optimizer step alone, with gradients given, and the whole train step, forward and backward passes included.
+Both the optimizer step alone, with gradients given, and the whole train step, forward and backward passes included;
+and what it costs to trace and compile `init` and the optimizer step of networks of few and of many equal kernels.
 
     python benchmarks/overhead.py                                    # 5M parameters, 90, 95 and 99% sparse
     python benchmarks/overhead.py --num-params 1_000_000 25_000_000 --sparsities 0.99
     python benchmarks/overhead.py --select history table             # only optimizers whose name holds one of these
+    python benchmarks/overhead.py --stages compile --select "RigL, sgd"
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +40,8 @@ class Config:
 
     num_params: tuple[int, ...] = (5_000_000,)
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)
-    stages: tuple[Literal["optimizer", "train"], ...] = ("optimizer", "train")
+    stages: tuple[Literal["optimizer", "train", "compile"], ...] = ("optimizer", "train")
+    depths: tuple[int, ...] = (1, 16, 100)  # numbers of kernels of 64 x 64 that are compiled
     rounds: int = 30  # of the optimizer step; a third as many of the train step
     batch_size: int = 128
     select: tuple[str, ...] = ()  # only optimizers whose name holds one of these, and their baselines
@@ -49,7 +53,8 @@ class Config:
         if not self.smoke:
             return self
         select = self.select or ("RigL, table, compact", "RigL, AGENT, dense", "history, no sparsity")
-        return dataclasses.replace(self, num_params=(5000,), sparsities=(0.9,), rounds=2, batch_size=4, select=select)
+        sizes = {"num_params": (5000,), "sparsities": (0.9,), "rounds": 2, "batch_size": 4, "depths": (1, 2)}
+        return dataclasses.replace(self, **sizes, select=select)
 
 
 def momentum() -> optax.GradientTransformation:
@@ -158,6 +163,40 @@ def train_step(tx: optax.GradientTransformationExtraArgs, begin: tuple[Any, Any]
     return loop(step, begin, batch)
 
 
+def compile_costs(config: Config, sparsity: float) -> list[dict[str, Any]]:
+    """One row an optimizer and depth: seconds to trace and compile, lines of the compiled step."""
+    rows = []
+    for depth in config.depths:
+        params = {f"dense_{i}": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for i in range(depth)}
+        for name, (_, tx) in selected(config, sparsity).items():
+
+            def step(params: Any, opt_state: Any, grads: Any, extras: Any, tx: Any = tx) -> Any:
+                updates, opt_state = tx.update(grads, opt_state, params, **extras)
+                return optax.apply_updates(params, updates), opt_state
+
+            scalar = jax.ShapeDtypeStruct((), jnp.float32)
+            index = jax.ShapeDtypeStruct((), jnp.int32)
+            extras = {"value": scalar, "old_value": scalar, "old_grads": params, "batch_index": index}
+            began = time.perf_counter()
+            jax.jit(tx.init).lower(params).compile()
+            initialized = time.perf_counter()
+            opt_state = jax.eval_shape(tx.init, params)
+            started = time.perf_counter()
+            compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, params, extras).compile()
+            done = time.perf_counter()
+            rows.append(
+                {
+                    "sparsity": sparsity,
+                    "optimizer": name,
+                    "kernels": depth,
+                    "init_s": initialized - began,
+                    "step_s": done - started,
+                    "step_lines": len(compiled.as_text().splitlines()),
+                }
+            )
+    return rows
+
+
 def measure(config: Config, num_params: int, sparsity: float) -> list[dict[str, Any]]:
     """One row an optimizer."""
     params = mlp_params(num_params)
@@ -168,7 +207,7 @@ def measure(config: Config, num_params: int, sparsity: float) -> list[dict[str, 
         for name, (baseline, _) in cases.items()
     }
     begins = {name: start(tx, params) for name, (_, tx) in cases.items()}
-    for stage in config.stages:
+    for stage in timed_stages(config):
         make = optimizer_step if stage == "optimizer" else functools.partial(train_step, batch=batch)
         rounds = config.rounds if stage == "optimizer" else max(config.rounds // 3, 2)
         seconds = interleaved_seconds({name: make(tx, begins[name]) for name, (_, tx) in cases.items()}, rounds)
@@ -178,24 +217,43 @@ def measure(config: Config, num_params: int, sparsity: float) -> list[dict[str, 
     return list(rows.values())
 
 
+def timed_stages(config: Config) -> list[str]:
+    """Those that run what is compiled."""
+    return [stage for stage in config.stages if stage != "compile"]
+
+
+def table_of(title: str, rows: list[dict[str, Any]], names: list[str], numbers: list[str]) -> Table:
+    """Names to the left, numbers to the right."""
+    table = Table(title=title)
+    for column in [*names, *numbers]:
+        table.add_column(column, justify="left" if column in names else "right")
+    for row in rows:
+        cells = [f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in numbers]
+        table.add_row(*(row[name] for name in names), *cells)
+    return table
+
+
 def main(config: Config) -> None:
     """Prints a table for each size and sparsity; writes JSON."""
     config = config.completed()
     console = Console(width=120)
     rows = []
-    for num_params in config.num_params:
+    device = jax.devices()[0].device_kind
+    if "compile" in config.stages:
+        rows += compile_costs(config, config.sparsities[0])
+        columns = ["kernels", "init_s", "step_s", "step_lines"]
+        console.print(
+            table_of(f"seconds to trace and compile, kernels of 64 x 64, {device}", rows, ["optimizer"], columns)
+        )
+    columns = [f"{stage}_{unit}" for stage in timed_stages(config) for unit in ("ms", "ratio")]
+    for num_params in config.num_params if columns else ():
         for sparsity in config.sparsities:
             measured = measure(config, num_params, sparsity)
             rows += measured
-            title = f"{num_params / 1e6:g}M parameters, {sparsity:.0%} sparse, {jax.devices()[0].device_kind}"
-            table = Table(title=title)
-            columns = [f"{stage}_{unit}" for stage in config.stages for unit in ("ms", "ratio")]
-            for column in ["optimizer", "ratio to", *columns]:
-                table.add_column(column, justify="left" if column in ("optimizer", "ratio to") else "right")
-            for row in measured:
-                table.add_row(row["optimizer"], row["baseline"], *(f"{row[c]:.2f}" for c in columns))
-            console.print(table)
+            title = f"{num_params / 1e6:g}M parameters, {sparsity:.0%} sparse, {device}"
+            console.print(table_of(title, measured, ["optimizer", "baseline"], columns))
             write_report(config.output, config, rows)  # after each: a run that is cut short leaves what it has
+    write_report(config.output, config, rows)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ def test_overhead(tmp_path):
     assert set(rows) == {"sgd", "RigL, table, compact", "history, constant, no sparsity"}
     for row in rows.values():
         assert row["optimizer_ms"] > 0 and row["train_ms"] > 0
+    compiled = run("overhead", tmp_path, select=("static, sgd, dense",), stages=("compile",))["rows"]
+    assert [(row["optimizer"], row["kernels"]) for row in compiled[2:]] == [("sgd", 2), ("static, sgd, dense", 2)]
+    assert all(row["step_s"] > 0 and row["init_s"] > 0 and row["step_lines"] > 10 for row in compiled)
     assert rows["sgd"]["optimizer_ratio"] == rows["sgd"]["train_ratio"] == 1
     assert report["versions"] == {m.__name__: m.__version__ for m in (jax, optax, agent_optax)}
     assert report["settings"]["sparsities"] == [0.9]
