@@ -9,11 +9,12 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test docs lint format clean
+.PHONY: help quickstart test test-all docs lint format clean
 
 help:
 	@echo "make quickstart   run examples/quickstart.py"
 	@echo "make test         run the tests and the examples in docstrings"
+	@echo "make test-all     and those that train, start processes or time: pytest's markers tell"
 	@echo "make docs         build the pages into docs/_build/html, running the notebooks"
 	@echo "make lint         ruff (lint and format) and pyright, changing nothing"
 	@echo "make format       let ruff mend what it can"
@@ -23,6 +24,9 @@ quickstart: .venv/.installed-examples
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2 -m "not benchmarks and not devices and not examples" $(ARGS)
+
+test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 docs: .venv/.installed-docs

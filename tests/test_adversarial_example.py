@@ -18,6 +18,8 @@ import pytest
 import agent_optax
 from agent_optax import analysis
 
+pytestmark = pytest.mark.examples
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

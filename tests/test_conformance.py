@@ -101,11 +101,20 @@ def test_init_works_under_jit_and_shares_no_buffer_with_the_parameters(case: Cas
     jax.block_until_ready(jax.jit(lambda *both: both, donate_argnums=(0, 1))(params, opt_state))  # else: donated twice
 
 
-@each(CASES)
+@each(TYPICAL_CASES)
 def test_inject_hyperparams_scan_and_cond_change_nothing(case: Case) -> None:
     tx = optax.inject_hyperparams(case.factory, static_args=case.static_args)(**case.hyperparams)
     params, opt_state = run_from_the_start(case, tx)
     assert_close((params, opt_state.inner_state), after_separate_steps(case.name)[:2])
+
+
+@each({name: case for name, case in CASES.items() if name not in TYPICAL_CASES})
+def test_inject_hyperparams_changes_no_type(case: Case) -> None:
+    """Traced, not compiled: what is particular to a case shows there."""
+    tx = optax.inject_hyperparams(case.factory, static_args=case.static_args)(**case.hyperparams)
+    started = jax.eval_shape(lambda params: case.start(tx, params), initial_params())
+    assert types(started[1].inner_state) == types(start(case.name)[1])
+    assert types(jax.eval_shape(lambda *both: case.step(tx, *both, 0), *started)) == types(started)
 
 
 @each(TYPICAL_CASES)

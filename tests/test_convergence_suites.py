@@ -14,6 +14,8 @@ import scipy.stats
 
 import agent_optax
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -18,6 +18,8 @@ import pytest
 
 import agent_optax
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ("interleaved", "networks", "overhead", "memory", "topology_update", "scaling", "stagger", "peers")
 

@@ -50,7 +50,7 @@ def public_names() -> set[str]:
     """Every name of every `__all__` that a user may import from, dotted."""
     folders = [path.parent for path in (ROOT / "agent_optax").glob("*/__init__.py")]
     modules = ["agent_optax", *(f"agent_optax.{folder.name}" for folder in folders)]
-    modules += ["agent_optax.flax.nnx", "agent_optax.flax.linen"]
+    modules += ["agent_optax.flax.nnx", "agent_optax.flax.linen", "agent_optax.typing"]
     reexported = {"agent_optax.correction", "agent_optax.sparsity"}
     return {f"{m}.{name}" for m in modules if m not in reexported for name in importlib.import_module(m).__all__}
 

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+pytestmark = pytest.mark.examples
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -40,7 +40,7 @@ def types(tree: Any) -> Any:
 
 if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
-    @pytest.mark.parametrize("part", ["rigl", "not rigl"])  # two, which two processes can run
+    @pytest.mark.parametrize("part", ["sharding_types", pytest.param("not sharding_types", marks=pytest.mark.devices)])
     def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
         flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]

@@ -7,6 +7,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
+pytestmark = pytest.mark.examples
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.py"))
 NUM_FIGURES = {"first_look": 2, "sparse_from_scratch": 3, "reading_the_diagnostics": 1}
 

@@ -26,6 +26,7 @@ def after_all_blocks() -> dict:
     return namespace
 
 
+@pytest.mark.examples
 def test_sparse_training_learns_and_stays_sparse(after_all_blocks):
     params, opt_state, loss_fn = (after_all_blocks[name] for name in ("params", "opt_state", "loss_fn"))
     batches = after_all_blocks["batches"]
@@ -40,6 +41,7 @@ def test_sparse_training_learns_and_stays_sparse(after_all_blocks):
     assert active <= round(0.1 * sum(kernel.size for kernel in kernels)) + 1
 
 
+@pytest.mark.examples
 def test_accumulation_corrects_each_micro_batch(after_all_blocks):
     """Two micro-batches, each corrected, then averaged, are one step with the mean of their corrected gradients."""
     tx, loss_fn, batches = (after_all_blocks[name] for name in ("accumulating", "loss_fn", "batches"))

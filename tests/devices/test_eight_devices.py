@@ -19,6 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import agent_optax
 
+pytestmark = pytest.mark.devices
+
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 

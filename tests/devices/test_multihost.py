@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.devices
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multihost.py"
 DEVICES_EACH = 2
 TIMEOUT = 300  # seconds in which a run must end, one way or the other

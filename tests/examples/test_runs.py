@@ -26,6 +26,8 @@ from training.presets import presets
 
 import agent_optax
 
+pytestmark = pytest.mark.examples
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = (
     "digits --epochs 4 --batch-size 64 --data.num-train 640 --data.shift 1 --model.hidden 32 "

@@ -25,6 +25,8 @@ from training.objective import build_objective
 
 import agent_optax
 
+pytestmark = pytest.mark.examples
+
 TINY = Config(
     data=DataConfig(shift=1, flip=True),
     model=ModelConfig(hidden=(12,)),
