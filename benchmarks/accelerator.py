@@ -1,7 +1,7 @@
 """Optimizer steps on an accelerator, as ratios to plain Optax, and its topology updates against those of the CPU.
 
-Needs nothing but the library: `python benchmarks/accelerator.py`. Steps on small networks measure the launch of kernels;
-50M parameters measure memory.
+Needs nothing but the library: `python benchmarks/accelerator.py`. Steps on 5M parameters measure the launch of kernels,
+those on 50M memory.
 """
 
 from __future__ import annotations
