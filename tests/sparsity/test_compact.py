@@ -16,19 +16,13 @@ from hypothesis import strategies as st
 import agent_optax
 
 OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(0.1),
     "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": lambda: optax.adam(0.01),
-    "adamw": lambda: optax.adamw(0.01),
-    "rmsprop": lambda: optax.rmsprop(0.01, momentum=0.9, initial_scale=0.5),
-    "adagrad": lambda: optax.adagrad(0.1),
-    "lion": lambda: optax.lion(0.01),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)),
     "accumulated": lambda: optax.MultiSteps(optax.adam(0.01), 2),
     "partitioned": lambda: optax.partition(
         {"a": optax.adam(0.01), "b": optax.sgd(0.1, momentum=0.9)}, {"first": "a", "second": "b", "bias": "a"}
     ),
-    "schedule free": lambda: optax.contrib.schedule_free_sgd(0.1),
 }
 TOPOLOGIES = {
     "static": agent_optax.static,
@@ -75,8 +69,8 @@ def run(tx, params, batches, refresh_at=(), num_steps=10):
 @pytest.mark.parametrize(
     ("optimizer", "topology"),
     [
-        *((optimizer, "rigl") for optimizer in OPTIMIZERS),
-        *((optimizer, topology) for optimizer in ("nesterov", "adam") for topology in TOPOLOGIES if topology != "rigl"),
+        *(("nesterov", topology) for topology in TOPOLOGIES),
+        *((optimizer, "rigl") for optimizer in OPTIMIZERS if optimizer != "nesterov"),
     ],
 )
 def test_dense_and_compact_agree(optimizer: str, topology: str) -> None:
@@ -94,7 +88,7 @@ def test_dense_and_compact_agree(optimizer: str, topology: str) -> None:
     chex.assert_trees_all_close(agent_optax.diagnostics(compact_state), agent_optax.diagnostics(dense_state))
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -47,7 +47,8 @@ def program(depth: int, storage: str) -> str:
     tx = agent_optax.sparsify(optax.sgd(0.1, momentum=0.9), agent_optax.rigl(), sparsity=0.5, storage=storage)
     params = network(depth)
     opt_state = jax.eval_shape(tx.init, params)
-    return jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
+    update = jax.jit(tx.update, compiler_options={"xla_cpu_use_fusion_emitters": True})  # as users have it
+    return update.lower(params, opt_state, params).compile().as_text()
 
 
 @pytest.mark.parametrize("storage", ["dense", "compact"])
@@ -76,10 +77,13 @@ def test_a_layer_among_many_changes_as_it_does_alone(storage: str) -> None:
         def train(params: Any) -> Any:
             opt_state = tx.init(params)
             params = agent_optax.mask_params(params, opt_state)
-            for _ in range(3):
+
+            def body(carry: Any, _: None) -> Any:
+                params, opt_state = carry
                 updates, opt_state = tx.update({name: grads[name] for name in params}, opt_state, params)
-                params = optax.apply_updates(params, updates)
-            return params
+                return (optax.apply_updates(params, updates), opt_state), None
+
+            return jax.lax.scan(body, (params, opt_state), length=3)[0][0]
 
         return train(params)
 

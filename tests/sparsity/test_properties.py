@@ -14,8 +14,6 @@ INNER = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": lambda: optax.adam(0.01),
     "rmsprop": lambda: optax.rmsprop(0.01, initial_scale=0.5),
-    "adagrad": lambda: optax.adagrad(0.1),
-    "lion": lambda: optax.lion(0.01),
     "muon": lambda: optax.contrib.muon(0.01),
     "accumulated": lambda: optax.MultiSteps(optax.adam(0.01), 3),
 }

@@ -58,10 +58,13 @@ def run(tx: Any, params: Any) -> tuple[Any, Any]:
     def train(params: Any) -> Any:
         opt_state = tx.init(params)
         params = agent_optax.mask_params(params, opt_state)
-        for _ in range(NUM_STEPS):
+
+        def body(carry: Any, _: None) -> Any:
+            params, opt_state = carry
             updates, opt_state = tx.update(jax.tree.map(jnp.cos, params), opt_state, params)
-            params = optax.apply_updates(params, updates)
-        return params, opt_state
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(body, (params, opt_state), length=NUM_STEPS)[0]
 
     return train(params)
 
