@@ -265,13 +265,16 @@ class Product(NamedTuple):
 
 COMPACT = {"storage": "compact"}
 NOT_COMPACT = ("muon", "adafactor")  # they work on whole matrices
+STATIC_ONLY = ("multi_steps",)  # a topology would see micro-batches
 
 PRODUCTS = [
-    Product("sparsify", {}, ("rigl",), tuple(INNER)),
+    Product("sparsify", {}, ("rigl",), tuple(n for n in INNER if n not in STATIC_ONLY)),
+    Product("sparsify", {}, ("static",), STATIC_ONLY),
     # What the inner optimizer does to its state is one matter, how weights are chosen another.
     Product("sparsify", {}, ("static", "set_"), ("momentum", "adam", "agent")),
     Product("sparsify", {}, ("set_itop", "rigl_itop"), ("momentum",)),
-    Product("sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in NOT_COMPACT)),
+    Product("sparsify-compact", COMPACT, ("rigl",), tuple(n for n in INNER if n not in (*NOT_COMPACT, *STATIC_ONLY))),
+    Product("sparsify-compact", COMPACT, ("static",), STATIC_ONLY),
     Product("sparsify-compact", COMPACT, ("static", "set_"), ("momentum", "agent")),
     Product(
         "sparsify",

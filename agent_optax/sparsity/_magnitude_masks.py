@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._validation import check_fraction
+from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution, erk
+from agent_optax.sparsity._floors import with_floors
 from agent_optax.sparsity._rounding import tolerant_floor
-from agent_optax.sparsity._where import densities, kernels, prunable
-from agent_optax.sparsity.selection._top_k import select, select_jointly
+from agent_optax.sparsity._where import check_sizes, densities, kernels, leaf_names, prunable
+from agent_optax.sparsity.selection._top_k import select, select_from_all
 
 
 def magnitude_masks(
@@ -22,6 +23,7 @@ def magnitude_masks(
     where: Any = kernels,
     scope: Literal["global", "layer"] = "global",
     distribution: Distribution = erk,
+    allow_empty_layers: bool = False,
 ) -> Any:
     r"""Masks of the weights of largest magnitude: a lottery ticket, for ``sparsify(..., masks=)``.
 
@@ -36,6 +38,8 @@ def magnitude_masks(
         scope: ``"global"`` (default, as in the published code): the :math:`\lfloor (1 - s)\,n \rfloor` largest of all
             n weights together. ``"layer"``: the largest of each leaf.
         distribution: shares the sparsity among leaves, for ``scope="layer"``. Default `erk`, as for `sparsify`.
+        allow_empty_layers: whether a leaf may lose all its weights, as in the published code. By default each keeps its
+            largest at least, counted against the others.
 
     Returns:
         A tree like `params` of bool arrays, None where nothing is pruned.
@@ -60,10 +64,19 @@ def magnitude_masks(
     leaves, treedef = jax.tree.flatten(params)
     is_pruned = jax.tree.leaves(chosen)
     scores = [jnp.abs(leaf) for leaf, c in zip(leaves, is_pruned, strict=True) if c]
+    names = [name for name, c in zip(leaf_names(params), is_pruned, strict=True) if c]
+    sizes = [score.size for score in scores]
+    check_sizes(dict(zip(names, sizes, strict=True)), counts_jointly=scope == "global")
     if scope == "global":
-        masks = select_jointly(scores, tolerant_floor((1 - sparsity) * sum(score.size for score in scores)))
+        everywhere = [jnp.ones_like(score, dtype=bool) for score in scores]
+        masks = select_from_all(
+            scores, tolerant_floor((1 - sparsity) * sum(sizes)), everywhere, floor=int(not allow_empty_layers)
+        )
     else:
         shares = densities(params, chosen, sparsity, distribution)
-        masks = [select(score, round(share * score.size)) for score, (_, share) in zip(scores, shares, strict=True)]
+        numbers = [round(share * size) for size, (_, share) in zip(sizes, shares, strict=True)]
+        floors = [min(int(not allow_empty_layers), size) for size in sizes]
+        numbers = with_floors(names, numbers, floors, [1] * len(sizes), is_concrete_number(sparsity))
+        masks = [select(score, number) for score, number in zip(scores, numbers, strict=True)]
     remaining = iter(masks)
     return treedef.unflatten([next(remaining) if c else None for c in is_pruned])

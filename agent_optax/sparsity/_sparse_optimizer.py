@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._pattern import Pattern, PatternChoice, patterns_of
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._where import check_sizes, leaf_names
 from agent_optax.sparsity.inner._like_params import likely_extra_args, split_args
 from agent_optax.sparsity.inner._traits import Traits, trace_update, traits_of
 
@@ -113,6 +114,9 @@ def _check_patterns(pruned: Sequence[PrunedLeaf], shapes: Sequence[tuple[int, ..
                 f"pattern={pattern} cannot be kept by {topology}, which changes how many weights are active where: use "
                 "another topology, such as agent_optax.rigl(), or no pattern."
             )
+    check_sizes(
+        {leaf.name: math.prod(shape) for leaf, shape in zip(pruned, shapes, strict=True)}, topology.counts_jointly
+    )
     units = {leaf.name: leaf.pattern.unit_size(shape) for leaf, shape in zip(pruned, shapes, strict=True)}
     if topology.counts_jointly and len(set(units.values())) > 1:
         raise ValueError(

@@ -38,6 +38,7 @@ def sparsify(
     pattern: PatternChoice = None,
     grow_by: Literal["raw", "corrected"] = "raw",
     stagger: bool = False,
+    allow_empty_layers: bool = False,
     updates: Literal["arrays", "sparse"] = "arrays",
     dense_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +64,8 @@ def sparsify(
             params with None where nothing is pruned, or a function of the leaf's path such as ``"Dense_0/kernel"``;
             `distribution` is not used then.
         distribution: shares `sparsity` among leaves: `erk` (default, as in the paper), `erdos_renyi`, `uniform`, or any
-            function of shapes and sparsity. A leaf gets exactly ``round(density * size)`` active weights.
+            function of shapes and sparsity. A leaf gets exactly ``round(density * size)`` active weights, but see
+            `allow_empty_layers`.
         where: the leaves to prune: a function of params, or a tree of bools. Default `kernels`. Leaves that `inner`
             never updates, such as frozen ones (`optax.set_to_zero`), are left alone.
         storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds the active entries only,
@@ -79,6 +81,9 @@ def sparsify(
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
         stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
             step does the work of all of them. Each layer still changes once an interval, later by its share of it.
+        allow_empty_layers: whether a leaf may start without any active weight. By default each gets one, or one block,
+            at least, because a network with an empty layer passes nothing on: a warning names the leaf, and the largest
+            leaves give what it gets, so that `sparsity` stays.
         updates: what compact storage returns. ``"arrays"`` (default): arrays like params, as dense storage does.
             ``"sparse"``: objects that hold the active entries and add themselves to a parameter (`SparseUpdate`), for
             a step in which nothing but `optax.apply_updates` sees them: it then costs what the active weights cost.
@@ -114,7 +119,7 @@ def sparsify(
     check_pattern(pattern)
     if isinstance(pattern, Pattern) and pattern.density is not None:
         sparsity = _fixed_sparsity(sparsity, pattern, 1 - pattern.density)
-    if sparsity is None and (masks is None or topology.initial_sparsity is not None):
+    if sparsity is None and not callable(pattern) and (masks is None or topology.initial_sparsity is not None):
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
     if isinstance(sparsity, (jax.Array, np.ndarray)):
         raise ValueError(
@@ -136,6 +141,8 @@ def sparsify(
         mask_key, topology_key = jax.random.split(key)
         start = start_of(params, mask_key)
         active_weights, inner_state = storing.start(optimizer, start, params, key)
+        if not topology.is_static:
+            _refuse_accumulation(inner_state, topology)
         zero = zero_like(params, jnp.int32)
         num_prunable = sum(mask.size for mask in jax.tree.leaves(start.masks))
         topology_state = topology.init(params, start.masks, start.targets)
@@ -165,7 +172,17 @@ def sparsify(
                     "agent_optax.static()."
                 )
             final_sparsity = None if topology.initial_sparsity is None else sparsity
-            return given_start(params, active, originals, pruned, final_sparsity, distribution, storing.needs_counts)
+            return given_start(
+                params,
+                active,
+                originals,
+                pruned,
+                final_sparsity,
+                distribution,
+                storing.needs_counts,
+                allow_empty_layers,
+                topology.counts_jointly,
+            )
         chosen = prunable(params, where)
         pruned = pruned_among(params, chosen)
         frozen = optimizer.frozen_leaves(params, pruned)
@@ -175,7 +192,8 @@ def sparsify(
                 leaves[leaf.index] = False
             chosen = prunable(params, treedef.unflatten(leaves))
             pruned = pruned_among(params, chosen)
-        return random_start(params, chosen, pruned, sparsity, topology.initial_sparsity, distribution, mask_key)
+        initial = topology.initial_sparsity
+        return random_start(params, chosen, pruned, sparsity, initial, distribution, allow_empty_layers, mask_key)
 
     def pruned_among(params: optax.Params, chosen: Any) -> list[PrunedLeaf]:
         hidden = jax.tree.map(lambda c, p: p if c else optax.MaskedNode(), chosen, params)
@@ -230,6 +248,21 @@ def _chosen_storage(storage: Any, topology: Topology, updates: str, dense_update
             f"{topology} keeps weights in whole arrays, in a storage of its own: use storage='dense', got {storage!r}."
         )
     return own
+
+
+def _refuse_accumulation(inner_state: optax.OptState, topology: Topology) -> None:
+    """Raises ValueError if the inner optimizer accumulates gradients, which the topology would not see."""
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(accumulates(node) for node in jax.tree.leaves(inner_state, is_leaf=accumulates)):
+        raise ValueError(
+            f"with optax.MultiSteps inside, {type(topology).__name__} would count micro-batches and grow by the "
+            "gradient of the last one: put it outside, optax.MultiSteps(agent_optax.sparsify(...), k), where the "
+            "topology sees the mean gradient. A correction goes before both: "
+            "optax.chain(agent_optax.correct_gradients(...), optax.MultiSteps(agent_optax.sparsify(...), k))."
+        )
 
 
 def _is_hashable(arg: Any) -> bool:

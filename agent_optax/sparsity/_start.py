@@ -12,8 +12,10 @@ import numpy as np
 import optax
 
 from agent_optax._tree import is_masked
+from agent_optax._validation import is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
 from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._floors import with_floors
 from agent_optax.sparsity._layer import Target
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
@@ -37,14 +39,18 @@ def random_start(
     sparsity: Any,
     initial_sparsity: float | None,
     distribution: Distribution,
+    allow_empty: bool,
     key: jax.Array,
 ) -> Start:
     """Random masks of the patterns; an initial sparsity says where they start, never sparser than they end."""
     leaves, treedef = jax.tree.flatten(params)
     shapes = [jnp.shape(leaves[leaf.index]) for leaf in pruned]
     patterns = [leaf.pattern for leaf in pruned]
-    shared = [density for _, density in densities(params, chosen, sparsity, distribution)]
-    targets, numbers = _targets(shapes, patterns, shared)
+    if sparsity is None:
+        shared = _fixed_densities(pruned)
+    else:
+        shared = [density for _, density in densities(params, chosen, sparsity, distribution)]
+    targets, numbers = _targets(pruned, shapes, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
     if initial_sparsity is not None:
         initial = [density for _, density in densities(params, chosen, initial_sparsity, distribution)]
         numbers = [
@@ -76,6 +82,8 @@ def given_start(
     final_sparsity: Any,
     distribution: Distribution,
     needs_counts: bool,
+    allow_empty: bool,
+    is_joint: bool,
 ) -> Start:
     """Given masks; they end with their own numbers of active weights, or at a final sparsity."""
     given = jax.tree.leaves(masks)
@@ -94,7 +102,10 @@ def given_start(
     else:
         chosen = jax.tree.map(lambda _, m: not is_masked(m), params, masks)
         shared = [density for _, density in densities(params, chosen, final_sparsity, distribution)]
-        targets, _ = _targets([mask.shape for mask in given], patterns, shared)
+        targets, _ = _targets(
+            pruned, [mask.shape for mask in given], shared, allow_empty, keeps_total=is_concrete_number(final_sparsity)
+        )
+        _check_not_sparser(pruned, originals, targets, is_joint)
     counts = jax.tree.structure(masks).unflatten(map(_concrete_count, originals)) if needs_counts else None
     return Start(masks, counts, targets)
 
@@ -106,17 +117,67 @@ def _is_surely_false(truth: jax.Array) -> bool:
         return False
 
 
+def _fixed_densities(pruned: Sequence[PrunedLeaf]) -> list[float]:
+    """Those that the patterns fix, where no sparsity is given."""
+    densities = []
+    for leaf in pruned:
+        if leaf.pattern.density is None:
+            raise ValueError(
+                f"sparsify needs sparsity=, such as sparsity=0.9: {leaf.name} has the pattern {leaf.pattern}, which "
+                "fixes none."
+            )
+        densities.append(leaf.pattern.density)
+    return densities
+
+
 def _targets(
-    shapes: Sequence[Shape], patterns: Sequence[Pattern], shared: Sequence[float]
+    pruned: Sequence[PrunedLeaf],
+    shapes: Sequence[Shape],
+    shared: Sequence[float],
+    allow_empty: bool,
+    keeps_total: bool,
 ) -> tuple[list[Target], list[int]]:
     """The targets, and the numbers of active weights; a pattern may fix the density."""
-    targets, numbers = [], []
-    for shape, pattern, density in zip(shapes, patterns, shared, strict=True):
-        density = density if pattern.density is None else pattern.density
-        unit, number = pattern.unit_size(shape), pattern.count(shape, density)
-        targets.append(Target(math.prod(shape) // unit, density, number // unit))
-        numbers.append(number)
-    return targets, numbers
+    density_of = [
+        d if leaf.pattern.density is None else leaf.pattern.density for leaf, d in zip(pruned, shared, strict=True)
+    ]
+    units = [leaf.pattern.unit_size(shape) for leaf, shape in zip(pruned, shapes, strict=True)]
+    numbers = [leaf.pattern.count(shape, d) for leaf, shape, d in zip(pruned, shapes, density_of, strict=True)]
+    sizes = [math.prod(shape) for shape in shapes]
+    floors = [
+        0 if allow_empty or leaf.pattern.density is not None else min(unit, size)
+        for leaf, unit, size in zip(pruned, units, sizes, strict=True)
+    ]
+    raised = with_floors([leaf.name for leaf in pruned], numbers, floors, units, keeps_total)
+    targets = [
+        Target(size // unit, density if number == before else number / size, number // unit)
+        for size, unit, density, number, before in zip(sizes, units, density_of, raised, numbers, strict=True)
+    ]
+    return targets, raised
+
+
+def _check_not_sparser(
+    pruned: Sequence[PrunedLeaf], originals: Sequence[Any], targets: Sequence[Target], is_joint: bool
+) -> None:
+    """Raises ValueError if masks, where they are known, have fewer active weights than pruning ends with."""
+    try:
+        starts = [_concrete_count(mask) for mask in originals]
+    except ValueError:  # traced
+        return
+    ends = [
+        int(target.num_active) * leaf.pattern.unit_size(np.shape(mask))
+        for target, leaf, mask in zip(targets, pruned, originals, strict=True)
+    ]
+    names = [leaf.name for leaf in pruned]
+    if is_joint:
+        names, starts, ends = ["all leaves together"], [sum(starts)], [sum(ends)]
+    for name, start, end in zip(names, starts, ends, strict=True):
+        if start < end:
+            raise ValueError(
+                f"masks= starts with {start} active weights in {name}, fewer than the {end} with which pruning would "
+                "end at sparsity=: pruning never makes weights active again. Pass a higher sparsity=, or masks that "
+                "start denser."
+            )
 
 
 def _concrete_count(mask: Any) -> int:

@@ -37,11 +37,11 @@ class SparsifyState(_SparsifyFields, CorrectionWrapper):
 
     def sparsity(self) -> jax.Array:
         """The share of inactive weights."""
-        return 1 - self.active_weights.num_active().astype(jnp.float32) / self.num_prunable
+        return 1 - self.active_weights.num_active() / self.num_prunable
 
     def exploration_rate(self) -> jax.Array:
         """R_s, the share of weights that were ever active."""
-        return self.active_weights.num_ever_active().astype(jnp.float32) / self.num_prunable
+        return self.active_weights.num_ever_active() / self.num_prunable
 
     def storage_view(self) -> StorageView:
         """How the inner state stores parameters."""
@@ -65,6 +65,13 @@ def apply_masks(masks: Any, params: optax.Params) -> optax.Params:
 def total(counts: Any) -> jax.Array:
     """The sum of the int32 scalars in a tree."""
     return sum(jax.tree.leaves(counts), jnp.zeros((), jnp.int32))
+
+
+def large_total(counts: Any) -> jax.Array:
+    """The sum of the int32 scalars in a tree as a float32, for sums that may exceed 2^31: halves are added up apart."""
+    counts = [jnp.asarray(count, jnp.int32) for count in jax.tree.leaves(counts)]
+    high, low = (total([half(count) for count in counts]) for half in (lambda n: n >> 16, lambda n: n & 0xFFFF))
+    return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
 def find_sparsify(opt_state: optax.OptState) -> list[SparsifyState]:

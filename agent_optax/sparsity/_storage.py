@@ -29,11 +29,11 @@ class ActiveWeights(StorageView):
         raise NotImplementedError
 
     def num_active(self) -> jax.Array:
-        """The number of active weights."""
+        """The number of active weights; a float32, which may exceed 2^31."""
         raise NotImplementedError
 
     def num_ever_active(self) -> jax.Array:
-        """The number of weights that were ever active."""
+        """The number of weights that were ever active, as `num_active`."""
         raise NotImplementedError
 
     def points_moved(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,23 @@ from agent_optax._tree import is_absent, is_masked
 from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
 
-# Names that leaves have in Flax: of biases and normalization, which may have two axes or more in attention and scanned
-# layers; of tables, whose rows are looked up and not multiplied; and of factors that are small already.
-NEVER_PRUNED = ("bias", "scale", "embedding", "pos_embedding", "lora_a", "lora_b")
+MAX_COUNT = 2**31 - 1  # of an int32
+
+# Names of leaves in Flax, Hugging Face's Flax models, Haiku, Equinox and big_vision that are no kernels, though they
+# may have two axes or more in attention and in stacked layers: biases and scales, tables whose rows are looked up and
+# not multiplied, tokens and positions that are added to activations, and factors that are small already.
+NEVER_PRUNED = frozenset(
+    "b beta bias biases offset gain gamma layer_scale scale scales embed embedding embedding_table embeddings "
+    "position_embeddings pos pos_embed pos_embedding pos_emb position position_embedding positional_embedding "
+    "positions rel_embedding rel_pos_bias relative_attention_bias relative_position_bias_table cls cls_token "
+    "class_embedding class_token dist_token mask_token probe query_tokens register_tokens lora_a lora_b".split()
+)
+# Components of a path below which nothing is a kernel, whatever its name: layers of normalization. And those whose own
+# ``weight`` or ``w`` is a table.
+NORMALIZATION = re.compile(
+    r"(layer|batch|group|instance|rms)?_?norm(alization)?(_?\d+)?|.*_(layer)?norm(_?\d+)?|ln(_?\w)?|bn(_?\d+)?"
+)
+TABLE = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)(_?\d+)?")
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -41,16 +56,22 @@ def _is_flax_box(node: Any) -> bool:
 def kernels(params: optax.Params) -> Any:
     """The default choice of leaves to prune: matrices and filters, whatever the framework.
 
-    In Flax, Linen as well as NNX, these are the kernels of dense, convolutional, attention and recurrent layers. Tables
-    of embeddings are left out: each batch touches few of their rows. So are the factors of LoRA, which are small
-    already. `named` chooses those, or anything else.
+    These are the kernels of dense, convolutional, attention and recurrent layers: leaves of two or more axes, but for
+    those that the names of Flax, Hugging Face's Flax models, Haiku, Equinox or big_vision tell to be something else:
+
+    - biases, scales and all of a normalization layer, which have two axes in attention and in stacked layers;
+    - tables of embeddings, of which each batch looks up few rows: ``embedding``, ``embeddings``, or the ``weight`` or
+      ``w`` of a layer called ``embed``, ``wte`` or the like;
+    - tokens and positions, which are added and not multiplied: ``cls``, ``mask_token``, ``pos_embedding``, ``pos``;
+    - factors of LoRA, which are small already.
+
+    `named` chooses those, or anything else.
 
     Args:
         params: a tree of arrays.
 
     Returns:
-        A tree like `params` with True for each leaf of two or more axes whose name is not ``bias``, ``scale``,
-        ``embedding``, ``pos_embedding``, ``lora_a`` or ``lora_b``.
+        A tree like `params` of bools, True for each leaf to prune.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp
@@ -61,10 +82,17 @@ def kernels(params: optax.Params) -> Any:
     names = leaf_names(params)
     return treedef.unflatten(
         [
-            jnp.ndim(leaf) >= 2 and name.rsplit("/", 1)[-1] not in NEVER_PRUNED
+            jnp.ndim(leaf) >= 2 and not _is_no_kernel(name.lower().split("/"))
             for name, leaf in zip(names, leaves, strict=True)
         ]
     )
+
+
+def _is_no_kernel(path: list[str]) -> bool:
+    """By the names on the path of a leaf, in lower case."""
+    *layers, name = path
+    in_table = bool(layers) and name in ("w", "weight") and TABLE.fullmatch(layers[-1]) is not None
+    return name in NEVER_PRUNED or in_table or any(NORMALIZATION.fullmatch(layer) for layer in layers)
 
 
 def named(*patterns: str) -> Callable[[optax.Params], Any]:
@@ -170,6 +198,22 @@ def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Di
     for name, s in zip(names, per_leaf, strict=True):
         check_fraction(f"sparsity of {name}", s, "it is the share of inactive weights, such as 0.9", below_one=True)
     return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
+
+
+def check_sizes(sizes: dict[str, int], counts_jointly: bool) -> None:
+    """Raises ValueError where weights would be counted wrong: their numbers and positions are int32."""
+    for name, size in sizes.items():
+        if size > MAX_COUNT:
+            raise ValueError(
+                f"{name} has {size} weights, and positions and counts within a leaf end at 2^31 - 1: keep it as "
+                "several leaves, one for each layer or expert, say."
+            )
+    if counts_jointly and sum(sizes.values()) > MAX_COUNT:
+        raise ValueError(
+            f"the pruned leaves have {sum(sizes.values())} weights in all, and those that are selected from all layers "
+            "together are counted up to 2^31 - 1: select layer by layer (scope='layer', or a topology that keeps the "
+            "number of active weights of each layer, such as agent_optax.rigl()), or prune fewer leaves with where=."
+        )
 
 
 def _sparsity_of_each(sparsity: Any, params: optax.Params) -> list[Any]:

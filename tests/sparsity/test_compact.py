@@ -19,7 +19,6 @@ OPTIMIZERS = {
     "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": lambda: optax.adam(0.01),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)),
-    "accumulated": lambda: optax.MultiSteps(optax.adam(0.01), 2),
     "partitioned": lambda: optax.partition(
         {"a": optax.adam(0.01), "b": optax.sgd(0.1, momentum=0.9)}, {"first": "a", "second": "b", "bias": "a"}
     ),

@@ -15,7 +15,6 @@ INNER = {
     "adam": lambda: optax.adam(0.01),
     "rmsprop": lambda: optax.rmsprop(0.01, initial_scale=0.5),
     "muon": lambda: optax.contrib.muon(0.01),
-    "accumulated": lambda: optax.MultiSteps(optax.adam(0.01), 3),
 }
 TOPOLOGIES = {"static": agent_optax.static, "set": agent_optax.set_, "rigl": agent_optax.rigl}
 

@@ -71,6 +71,18 @@ def select_jointly(
     return masks
 
 
+def select_from_all(
+    scores: Sequence[jax.Array], k: int | jax.Array, candidates: Sequence[jax.Array], floor: int = 1
+) -> list[jax.Array]:
+    """Masks of the k largest scores of several arrays together, but at least `floor` of each that has as many."""
+    if floor == 0:
+        return select_jointly(scores, k, candidates)
+    safe = [select(s, jnp.minimum(floor, num_true(c)), c) for s, c in zip(scores, candidates, strict=True)]
+    rest = jnp.maximum(jnp.asarray(k, jnp.int32) - num_true(*safe), 0)
+    others = select_jointly(scores, rest, [c & ~s for c, s in zip(candidates, safe, strict=True)])
+    return [s | o for s, o in zip(safe, others, strict=True)]
+
+
 def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:
     """A uniform random number for each entry of `like`, sharded as `like` is."""
     return jnp.zeros_like(like, dtype=jnp.uint32) | jax.random.bits(key, jnp.shape(like), jnp.uint32)

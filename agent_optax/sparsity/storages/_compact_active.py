@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from agent_optax._tree import is_masked
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
-from agent_optax.sparsity._state import total
+from agent_optax.sparsity._state import large_total
 from agent_optax.sparsity._storage import ActiveWeights
 from agent_optax.sparsity.inner._like_params import map_like_params
 from agent_optax.sparsity.selection._tiles import merge_last_axes, split_axis
@@ -52,13 +52,15 @@ class CompactActive(_CompactFields, ActiveWeights):
 
     def num_active(self) -> jax.Array:
         """The number of active weights."""
-        return total(jax.tree.map(_num_active, self.indices))
+        return large_total(jax.tree.map(_num_active, self.indices))
 
     def num_ever_active(self) -> jax.Array:
         """The number of weights that were ever active."""
         if self.ever_active is None:
             return self.num_active()
-        return total(jax.tree.map(lambda b: jnp.sum(jax.lax.population_count(b), dtype=jnp.int32), self.ever_active))
+        return large_total(
+            jax.tree.map(lambda b: jnp.sum(jax.lax.population_count(b), dtype=jnp.int32), self.ever_active)
+        )
 
     def gather(self, tree: Any) -> Any:
         """From dense parameters to active entries."""

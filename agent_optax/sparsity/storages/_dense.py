@@ -22,7 +22,7 @@ from agent_optax.sparsity._rewiring import (
 )
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
 from agent_optax.sparsity._start import Start
-from agent_optax.sparsity._state import SparsifyState, apply_masks, total
+from agent_optax.sparsity._state import SparsifyState, apply_masks, large_total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity.inner._like_params import map_like_params
 from agent_optax.sparsity.inner._state_arrays import NO_LEAF
@@ -53,13 +53,13 @@ class DenseActive(_DenseFields, ActiveWeights):
 
     def num_active(self) -> jax.Array:
         """The number of active weights."""
-        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.masks()))
+        return large_total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.masks()))
 
     def num_ever_active(self) -> jax.Array:
         """The number of weights that were ever active."""
         if self.ever_active is None:
             return self.num_active()
-        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.ever_active))
+        return large_total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.ever_active))
 
     def step_args(
         self, grads: optax.Updates, params: optax.Params, extra_args: dict[str, Any]

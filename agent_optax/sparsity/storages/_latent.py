@@ -15,7 +15,7 @@ from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._rewiring import num_nonzero_inactive, when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
-from agent_optax.sparsity._state import SparsifyState, apply_masks, total
+from agent_optax.sparsity._state import SparsifyState, apply_masks, large_total, total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity.selection._top_k import random_scores
 
@@ -40,11 +40,11 @@ class LatentActive(_LatentFields, ActiveWeights):
 
     def num_active(self) -> jax.Array:
         """The number of active weights."""
-        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.is_connected))
+        return large_total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.is_connected))
 
     def num_ever_active(self) -> jax.Array:
         """The number of weights that were ever active."""
-        return total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.ever_active))
+        return large_total(jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), self.ever_active))
 
     def gather(self, tree: Any) -> Any:
         """Corrections store whole arrays; a disconnected weight has no gradient."""

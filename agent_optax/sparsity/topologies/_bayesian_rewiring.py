@@ -89,6 +89,7 @@ class BayesianRewiring(Topology):
     density: float | None
     keeps_counts = False
     is_layerwise = False
+    counts_jointly = True
     supports_groups = False
     supports_blocks = False
     new_weight = 1e-12

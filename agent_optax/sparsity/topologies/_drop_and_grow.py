@@ -217,6 +217,7 @@ class DropAndGrow(Topology):
         share = shares(jnp.stack(map_layers(mean, kinds, layers, active, keys)[0]))
         sparsity = (sizes - active).astype(real) / sizes.astype(real)
         dropped = num_dropped(drop_fractions(fraction.astype(real), share, sparsity), active)
+        dropped = jnp.minimum(dropped, jnp.maximum(active - 1, 0))  # no layer ends with none
         budget = jnp.sum(dropped).astype(real) + state.redistribution.adjusted_growth
         regrown = jnp.maximum(growth(share, budget, sizes - active + dropped), 0).astype(jnp.int32)
         masks, _ = map_layers(replace, kinds, layers, active - dropped, regrown, keys)

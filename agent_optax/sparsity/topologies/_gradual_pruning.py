@@ -16,7 +16,7 @@ from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._rounding import tolerant_ceil
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity.selection._top_k import num_true, select, select_jointly
+from agent_optax.sparsity.selection._top_k import num_true, select, select_from_all
 from agent_optax.sparsity.topologies._drop_and_grow import rigl_rule
 from agent_optax.sparsity.topologies._update_times import (
     UpdateTimes,
@@ -176,7 +176,7 @@ class GradualPruning(Topology):
         active = jnp.stack([num_true(layer.mask) for layer in layers])
         masks = [layer.mask for layer in layers]
         if self.scope == "global":
-            return select_jointly(scores, jnp.minimum(jnp.sum(targets), jnp.sum(active)), masks)
+            return select_from_all(scores, jnp.minimum(jnp.sum(targets), jnp.sum(active)), masks)
 
         def largest(kind: None, layer: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[jax.Array, tuple[()]]:
             del kind
