@@ -63,7 +63,7 @@ def test_dtypes_are_never_promoted_unasked(case: Case) -> None:
             assert is_optax_own and any(name in case.name for name in REFUSED_BY_OPTAX)
 
 
-@each({name: case for name, case in TYPICAL_CASES.items() if "multi_steps" not in name})
+@each({name: case for name, case in TYPICAL_CASES.items() if name.endswith(("rigl-momentum", "rigl-agent", "mars"))})
 def test_a_compiled_step_transfers_nothing(case: Case) -> None:
     tx = case.make()
     step = jit(lambda params, opt_state, index: case.step(tx, params, opt_state, index))

@@ -171,17 +171,16 @@ def sparsify(
                     f"updates, and {topology} would drop weights there: give None for them, or use "
                     "agent_optax.static()."
                 )
-            final_sparsity = None if topology.initial_sparsity is None else sparsity
             return given_start(
                 params,
                 active,
                 originals,
                 pruned,
-                final_sparsity,
+                sparsity,
                 distribution,
-                storing.needs_counts,
                 allow_empty_layers,
-                topology.counts_jointly,
+                topology,
+                storing.needs_counts,
             )
         chosen = prunable(params, where)
         pruned = pruned_among(params, chosen)

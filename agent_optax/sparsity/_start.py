@@ -19,6 +19,7 @@ from agent_optax.sparsity._floors import with_floors
 from agent_optax.sparsity._layer import Target
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
+from agent_optax.sparsity._topology import Topology
 from agent_optax.sparsity._where import densities
 
 Shape = tuple[int, ...]
@@ -46,10 +47,7 @@ def random_start(
     leaves, treedef = jax.tree.flatten(params)
     shapes = [jnp.shape(leaves[leaf.index]) for leaf in pruned]
     patterns = [leaf.pattern for leaf in pruned]
-    if sparsity is None:
-        shared = _fixed_densities(pruned)
-    else:
-        shared = [density for _, density in densities(params, chosen, sparsity, distribution)]
+    shared = _shared_densities(params, chosen, pruned, sparsity, distribution)
     targets, numbers = _targets(pruned, shapes, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
     if initial_sparsity is not None:
         initial = [density for _, density in densities(params, chosen, initial_sparsity, distribution)]
@@ -79,13 +77,13 @@ def given_start(
     masks: Any,
     originals: Sequence[Any],
     pruned: Sequence[PrunedLeaf],
-    final_sparsity: Any,
+    sparsity: Any,
     distribution: Distribution,
-    needs_counts: bool,
     allow_empty: bool,
-    is_joint: bool,
+    topology: Topology,
+    needs_counts: bool,
 ) -> Start:
-    """Given masks; they end with their own numbers of active weights, or at a final sparsity."""
+    """Given masks; they end with their own numbers of active weights, or at `sparsity` if the topology prunes."""
     given = jax.tree.leaves(masks)
     patterns = [leaf.pattern for leaf in pruned]
     for mask, leaf in zip(given, pruned, strict=True):
@@ -93,7 +91,7 @@ def given_start(
             raise ValueError(
                 f"masks= does not have the pattern {leaf.pattern} in {leaf.name}: correct the mask, or drop pattern=."
             )
-    if final_sparsity is None:
+    if topology.initial_sparsity is None:
         units = [pattern.unit_size(mask.shape) for mask, pattern in zip(given, patterns, strict=True)]
         targets = [
             Target(mask.size // unit, None, jnp.sum(mask, dtype=jnp.int32) // unit)
@@ -101,11 +99,10 @@ def given_start(
         ]
     else:
         chosen = jax.tree.map(lambda _, m: not is_masked(m), params, masks)
-        shared = [density for _, density in densities(params, chosen, final_sparsity, distribution)]
-        targets, _ = _targets(
-            pruned, [mask.shape for mask in given], shared, allow_empty, keeps_total=is_concrete_number(final_sparsity)
-        )
-        _check_not_sparser(pruned, originals, targets, is_joint)
+        shared = _shared_densities(params, chosen, pruned, sparsity, distribution)
+        shapes = [mask.shape for mask in given]
+        targets, _ = _targets(pruned, shapes, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
+        _check_not_sparser(pruned, originals, targets, topology.counts_jointly)
     counts = jax.tree.structure(masks).unflatten(map(_concrete_count, originals)) if needs_counts else None
     return Start(masks, counts, targets)
 
@@ -117,17 +114,21 @@ def _is_surely_false(truth: jax.Array) -> bool:
         return False
 
 
-def _fixed_densities(pruned: Sequence[PrunedLeaf]) -> list[float]:
-    """Those that the patterns fix, where no sparsity is given."""
-    densities = []
+def _shared_densities(
+    params: optax.Params, chosen: Any, pruned: Sequence[PrunedLeaf], sparsity: Any, distribution: Distribution
+) -> list[float]:
+    """The density of each pruned leaf; without a sparsity those that the patterns fix."""
+    if sparsity is not None:
+        return [density for _, density in densities(params, chosen, sparsity, distribution)]
+    fixed = []
     for leaf in pruned:
         if leaf.pattern.density is None:
             raise ValueError(
                 f"sparsify needs sparsity=, such as sparsity=0.9: {leaf.name} has the pattern {leaf.pattern}, which "
                 "fixes none."
             )
-        densities.append(leaf.pattern.density)
-    return densities
+        fixed.append(leaf.pattern.density)
+    return fixed
 
 
 def _targets(
@@ -138,15 +139,14 @@ def _targets(
     keeps_total: bool,
 ) -> tuple[list[Target], list[int]]:
     """The targets, and the numbers of active weights; a pattern may fix the density."""
-    density_of = [
-        d if leaf.pattern.density is None else leaf.pattern.density for leaf, d in zip(pruned, shared, strict=True)
-    ]
+    fixed = [leaf.pattern.density for leaf in pruned]
+    density_of = [share if density is None else density for share, density in zip(shared, fixed, strict=True)]
     units = [leaf.pattern.unit_size(shape) for leaf, shape in zip(pruned, shapes, strict=True)]
     numbers = [leaf.pattern.count(shape, d) for leaf, shape, d in zip(pruned, shapes, density_of, strict=True)]
     sizes = [math.prod(shape) for shape in shapes]
     floors = [
-        0 if allow_empty or leaf.pattern.density is not None else min(unit, size)
-        for leaf, unit, size in zip(pruned, units, sizes, strict=True)
+        number if density is not None else 0 if allow_empty else min(unit, size)
+        for number, density, unit, size in zip(numbers, fixed, units, sizes, strict=True)
     ]
     raised = with_floors([leaf.name for leaf in pruned], numbers, floors, units, keeps_total)
     targets = [

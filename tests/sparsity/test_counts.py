@@ -45,6 +45,14 @@ def test_a_sparsity_for_each_leaf_is_not_taken_from_others() -> None:
         assert start_counts(normal((64, 4), (4, 10)), sparsity=lambda name: 0.99) == [3, 1]
 
 
+def test_a_pattern_that_fixes_its_density_gives_nothing() -> None:
+    params = normal((64, 64), (40, 40), (4, 5))
+    patterns = lambda name: agent_optax.n_m(2, 4) if name == "layer_0" else None  # noqa: E731
+    with pytest.warns(UserWarning, match="layer_2 gets 1"):
+        sparse = start_counts(params, sparsity=0.99, distribution=agent_optax.uniform, pattern=patterns)
+    assert sparse == [2048, 15, 1]
+
+
 def test_floors_are_in_whole_blocks() -> None:
     params = normal((64, 64), (4, 8))
     with pytest.warns(UserWarning, match="layer_1 gets 4"):
