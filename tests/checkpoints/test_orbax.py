@@ -18,7 +18,6 @@ from conformance import CASES, NUM_STEPS, TYPICAL_CASES, initial_params, jit
 # Every memory, with whole arrays and with active entries only; what they are wrapped in does not change what is saved.
 NAMES = [
     "correct_gradients-cached_snapshot-loss_regression",
-    "correct_gradients-recursion-loss_regression",
     "correct_gradients-table-gradient_regression",
     "correct_gradients-exact_difference-constant",
     "correct_gradients-history",
@@ -27,7 +26,6 @@ NAMES = [
     "sparsify-compact-rigl-agent",
     "sparsify-compact-rigl-saga",
     "sparsify-compact-rigl-storm",
-    "sparsify-compact-rigl-history",
     "sparsify-compact-rigl-mars",
 ]
 
