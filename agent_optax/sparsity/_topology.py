@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import optax
 
 from agent_optax.sparsity._layer import Layer, Target
-
-if TYPE_CHECKING:
-    from agent_optax.sparsity._storage import Storage
 
 
 class Topology:
@@ -30,8 +27,8 @@ class Topology:
         """Steps between topology updates; `sparsify` may spread the layers over them."""
         raise NotImplementedError
 
-    def storage(self) -> Storage | None:
-        """The storage that this topology brings along, for weights that others do not have; None for any storage."""
+    def storage(self) -> Any:
+        """The `Storage` that this topology brings along, for weights that others do not have; None for any storage."""
         return None
 
     def init(self, params: optax.Params, masks: Any, targets: Sequence[Target]) -> Any:
