@@ -17,7 +17,6 @@ import agent_optax
 COMPILER_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
 jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 

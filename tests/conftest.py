@@ -10,7 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported
 # Most of the time of the tests is XLA compiling small programs: let it compile quickly rather than well.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1"  # the tests take all cores by themselves
 )
 # Many tests, and the programs that some of them start, compile the same: what one has compiled, the others load. The

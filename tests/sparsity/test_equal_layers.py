@@ -47,8 +47,7 @@ def program(depth: int, storage: str) -> str:
     tx = agent_optax.sparsify(optax.sgd(0.1, momentum=0.9), agent_optax.rigl(), sparsity=0.5, storage=storage)
     params = network(depth)
     opt_state = jax.eval_shape(tx.init, params)
-    update = jax.jit(tx.update, compiler_options={"xla_cpu_use_fusion_emitters": True})  # as users have it
-    return update.lower(params, opt_state, params).compile().as_text()
+    return jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
 
 
 @pytest.mark.parametrize("storage", ["dense", "compact"])
