@@ -267,7 +267,8 @@ def _while(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Find
 
 
 def _scan(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Findings) -> list[Known]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_carry, num_scanned = _scan_sizes(eqn)
+    num_consts = len(operands) - num_carry - num_scanned
     consts, carry, xs = (
         operands[:num_consts],
         operands[num_consts : num_consts + num_carry],
@@ -281,6 +282,19 @@ def _scan(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Findi
         scanned.append(o)
     carry, ys = _fixed_point(eqn.params["jaxpr"].jaxpr, consts, carry, scanned, shapes, found)
     return [*carry, *ys]
+
+
+def _scan_sizes(eqn: Any) -> tuple[int, int]:
+    """How many arrays a scan carries, and over how many it scans, which have an axis more than its body sees.
+
+    Read off the shapes: what the parameters of the primitive are called depends on the version of JAX.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+
+    def num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+        return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outer, inner, strict=True))
+
+    return len(eqn.outvars) - num_stacked(eqn.outvars, body.outvars), num_stacked(eqn.invars, body.invars)
 
 
 def _fixed_point(
