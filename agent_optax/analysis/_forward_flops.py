@@ -11,6 +11,7 @@ import jax
 import jax.extend.core
 import optax
 
+from agent_optax._jaxpr import scan_sizes
 from agent_optax.analysis._conv_products import conv_products
 
 CALLED_JAXPRS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # jit and remat; custom_jvp_call; custom_vjp_call before JAX 0.7
@@ -192,7 +193,8 @@ def _settled(body: Any, constants: list[Source], carry: list[Source], rest: list
 
 
 def _scan(eqn: Any, operands: list[Source], sizes: list[int], count: Count) -> list[Source]:
-    body, num_consts, num_carry = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+    body = eqn.params["jaxpr"].jaxpr
+    num_consts, num_carry = scan_sizes(eqn)
     constants, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     slices = operands[num_consts + num_carry :]
     carry = _settled(body, constants, carry, slices, sizes)

@@ -15,6 +15,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
+from agent_optax._jaxpr import scan_sizes
 from agent_optax.sparsity.inner._resting import rest_value
 
 # Primitives whose outputs have the shape of their operands and depend on each entry alone.
@@ -267,8 +268,7 @@ def _while(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Find
 
 
 def _scan(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Findings) -> list[Known]:
-    num_carry, num_scanned = _scan_sizes(eqn)
-    num_consts = len(operands) - num_carry - num_scanned
+    num_consts, num_carry = scan_sizes(eqn)
     consts, carry, xs = (
         operands[:num_consts],
         operands[num_consts : num_consts + num_carry],
@@ -282,19 +282,6 @@ def _scan(eqn: Any, operands: list[Known], shapes: Sequence[Shape], found: Findi
         scanned.append(o)
     carry, ys = _fixed_point(eqn.params["jaxpr"].jaxpr, consts, carry, scanned, shapes, found)
     return [*carry, *ys]
-
-
-def _scan_sizes(eqn: Any) -> tuple[int, int]:
-    """How many arrays a scan carries, and over how many it scans, which have an axis more than its body sees.
-
-    Read off the shapes: what the parameters of the primitive are called depends on the version of JAX.
-    """
-    body = eqn.params["jaxpr"].jaxpr
-
-    def num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-        return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outer, inner, strict=True))
-
-    return len(eqn.outvars) - num_stacked(eqn.outvars, body.outvars), num_stacked(eqn.invars, body.invars)
 
 
 def _fixed_point(
