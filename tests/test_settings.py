@@ -58,7 +58,8 @@ def test_dtypes_are_never_promoted_unasked(case: Case) -> None:
     with setting("jax_numpy_dtype_promotion", "strict"):
         try:
             jax.eval_shape(lambda params: case.run(tx, *case.start(tx, params)), initial_params())
-        except jax.dtypes.TypePromotionError as error:
+        except Exception as error:  # jax.dtypes.TypePromotionError, which older versions of jax do not export
+            assert type(error).__name__ == "TypePromotionError"
             files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
             last = {name: max([i for i, f in enumerate(files) if f"/{name}/" in f], default=-1) for name in PACKAGES}
             is_optax_own = last["optax"] > last["agent_optax"]
@@ -76,6 +77,7 @@ def test_a_compiled_step_transfers_nothing(case: Case) -> None:
         jax.block_until_ready(step(params, opt_state, index))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="jnp.zeros_like forgets what varies between devices")
 @each({name: case for name, case in TYPICAL_CASES.items() if not any(other in name for other in NOT_IN_SHARD_MAP)})
 def test_seeds_are_trained_each_by_its_own_device(case: Case) -> None:
     """Inside `jax.shard_map`, whose checks are on: what varies between devices is known at every loop and branch."""
