@@ -1,5 +1,6 @@
 """What every test shares: JAX on the CPU, double precision on request, the golden numbers."""
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"  # the tests take all cores by themselves
 )
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # which has no such flag
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Many tests, and the programs that some of them start, compile the same: what one has compiled, the others load. The
 # first process of a session makes the folder, and those that it starts find its name in their environment.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(

@@ -1,5 +1,6 @@
 """Equal layers share a loop: the numbers of one layer after the other, by a program that does not grow."""
 
+import os
 import re
 from typing import Any
 
@@ -47,7 +48,10 @@ def program(depth: int, storage: str) -> str:
     tx = agent_optax.sparsify(optax.sgd(0.1, momentum=0.9), agent_optax.rigl(), sparsity=0.5, storage=storage)
     params = network(depth)
     opt_state = jax.eval_shape(tx.init, params)
-    return jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
+    # As users have it: the tests turn this off, where there is such an option, and scatters become loops.
+    options = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else None
+    update = jax.jit(tx.update, compiler_options=options)
+    return update.lower(params, opt_state, params).compile().as_text()
 
 
 @pytest.mark.parametrize("storage", ["dense", "compact"])
