@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from interleaved import interleaved_seconds, median_ratio
 
 import agent_optax
 
 NUM_PARAMS = (5_000_000, 50_000_000)
 SPARSITIES = (0.9, 0.99)
-ROUNDS, CALLS = 15, 20  # a round takes so many steps of each optimizer before it waits
+ROUNDS, CALLS = 15, 20  # a round takes so many steps of each optimizer
 NEVER = 10**9  # an interval that no step reaches
 INNER = {"sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True), "adamw": lambda: optax.adamw(1e-3)}
 STORAGES = {"dense": {}, "compact": {"updates": "sparse"}}
@@ -45,8 +46,8 @@ def optimizers() -> dict[str, tuple[str, Any]]:
     return cases
 
 
-def donated_step(tx: Any, params: Any, grads: Any) -> Callable[[], Any]:
-    """A closure that takes one step a call."""
+def donated_steps(tx: Any, params: Any, grads: Any) -> Callable[[], Any]:
+    """A closure that takes `CALLS` steps a call, and leaves it to the caller to wait for them."""
     opt_state = jax.jit(tx.init)(params)
     if isinstance(opt_state, agent_optax.SparsifyState):
         params = agent_optax.mask_params(params, opt_state)
@@ -59,25 +60,11 @@ def donated_step(tx: Any, params: Any, grads: Any) -> Callable[[], Any]:
     carried = [jax.tree.map(jnp.copy, params), opt_state]
 
     def run() -> Any:
-        carried[:] = compiled(*carried, grads)
+        for _ in range(CALLS):
+            carried[:] = compiled(*carried, grads)
         return carried[0]
 
-    jax.block_until_ready(run())
     return run
-
-
-def interleaved(steps: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds a step in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = np.random.default_rng(0)
-    for _ in range(ROUNDS):
-        for name in order.permutation(list(steps)):
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                result = steps[name]()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - began) / CALLS)
-    return seconds
 
 
 def ordinary_steps(num_params: int) -> None:
@@ -85,12 +72,11 @@ def ordinary_steps(num_params: int) -> None:
     params = kernels(num_params)
     grads = jax.tree.map(lambda p: 1e-3 * p, params)
     cases = optimizers()
-    seconds = interleaved({name: donated_step(tx, params, grads) for name, (_, tx) in cases.items()})
+    seconds = interleaved_seconds({name: donated_steps(tx, params, grads) for name, (_, tx) in cases.items()}, ROUNDS)
     for name, (baseline, _) in cases.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True))
-        print(
-            f"{num_params / 1e6:g}M, {name}: {1e3 * statistics.median(seconds[name]):.3f} ms, {ratio:.2f} of {baseline}"
-        )
+        milliseconds = 1e3 * statistics.median(seconds[name]) / CALLS
+        ratio = median_ratio(seconds, name, baseline)
+        print(f"{num_params / 1e6:g}M, {name}: {milliseconds:.3f} ms, {ratio:.2f} of {baseline}")
 
 
 def topology_update(storage: str) -> None:

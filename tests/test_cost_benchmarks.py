@@ -21,7 +21,17 @@ import agent_optax
 pytestmark = pytest.mark.benchmarks
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("interleaved", "networks", "overhead", "memory", "topology_update", "scaling", "stagger", "peers")
+NAMES = (
+    "accelerator",
+    "interleaved",
+    "networks",
+    "overhead",
+    "memory",
+    "topology_update",
+    "scaling",
+    "stagger",
+    "peers",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +98,20 @@ def test_a_second_gradient_counts_where_the_memory_wants_one():
     params = {"kernel": jnp.ones((4, 4))}
     wants = {n: memory.needs_old_grads(tx.init(params)) for n, tx in overhead.corrections().items()}
     assert {name for name, wanted in wants.items() if wanted} == {"AGENT", "gradient regression", "recursion"}
+
+
+def test_accelerator(monkeypatch, capsys):
+    script = load("accelerator")
+    for name, value in {"ROUNDS": 1, "CALLS": 1, "SPARSITIES": (0.9,), "NUM_PARAMS": (3000,)}.items():
+        monkeypatch.setattr(script, name, value)
+    script.ordinary_steps(3000)
+    script.topology_update("dense")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines][1:3] == [
+        "0.003M, RigL, sgd, dense, 90%",
+        "0.003M, RigL, sgd, compact, 90%",
+    ]
+    assert lines[-1].startswith("step with a topology update, dense")
 
 
 def test_topology_update(tmp_path):

@@ -13,7 +13,7 @@ from agent_optax.sparsity._distribution import Distribution, erk
 from agent_optax.sparsity._floors import with_floors
 from agent_optax.sparsity._rounding import tolerant_floor
 from agent_optax.sparsity._where import check_sizes, densities, kernels, leaf_names, prunable
-from agent_optax.sparsity.selection._top_k import select, select_from_all
+from agent_optax.sparsity.selection._top_k import select, select_from_all, select_jointly
 
 
 def magnitude_masks(
@@ -68,10 +68,9 @@ def magnitude_masks(
     sizes = [score.size for score in scores]
     check_sizes(dict(zip(names, sizes, strict=True)), counts_jointly=scope == "global")
     if scope == "global":
+        number = tolerant_floor((1 - sparsity) * sum(sizes))
         everywhere = [jnp.ones_like(score, dtype=bool) for score in scores]
-        masks = select_from_all(
-            scores, tolerant_floor((1 - sparsity) * sum(sizes)), everywhere, floor=int(not allow_empty_layers)
-        )
+        masks = select_jointly(scores, number) if allow_empty_layers else select_from_all(scores, number, everywhere)
     else:
         shares = densities(params, chosen, sparsity, distribution)
         numbers = [round(share * size) for size, (_, share) in zip(sizes, shares, strict=True)]

@@ -273,7 +273,7 @@ def _is_hashable(arg: Any) -> bool:
 
 
 def _fixed_sparsity(sparsity: Any, pattern: Pattern, fixed: float) -> Any:
-    """The sparsity that a pattern fixes; ValueError if another number was asked for."""
+    """The sparsity that a pattern fixes; ValueError if another one was passed."""
     if is_concrete_number(sparsity) and abs(sparsity - fixed) > 1e-9:
         raise ValueError(
             f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {fixed:g}: leave it out."

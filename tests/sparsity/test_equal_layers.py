@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from conformance import jit
+from sparse_loop import train
 
 import agent_optax
 from agent_optax.sparsity._equal_layers import FEWEST_IN_A_LOOP, map_layers
@@ -75,20 +76,7 @@ def test_a_layer_among_many_changes_as_it_does_alone(storage: str) -> None:
     def run(params: Any) -> Any:
         own = {name: masks[name] for name in params}
         tx = agent_optax.sparsify(optax.adam(0.1), agent_optax.rigl(2), masks=own, storage=storage)
-
-        @jit
-        def train(params: Any) -> Any:
-            opt_state = tx.init(params)
-            params = agent_optax.mask_params(params, opt_state)
-
-            def body(carry: Any, _: None) -> Any:
-                params, opt_state = carry
-                updates, opt_state = tx.update({name: grads[name] for name in params}, opt_state, params)
-                return (optax.apply_updates(params, updates), opt_state), None
-
-            return jax.lax.scan(body, (params, opt_state), length=3)[0][0]
-
-        return train(params)
+        return train(tx, params, lambda params, step: {name: grads[name] for name in params}, num_steps=3)[0]
 
     together = run(params)
     alone = {name: run({name: params[name]})[name] for name in ("000", "003")}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance import jit
+from sparse_loop import train
 
 import agent_optax
 
@@ -51,22 +51,9 @@ TREES: dict[str, Any] = {
 }
 
 
-def run(tx: Any, params: Any) -> tuple[Any, Any]:
-    """The parameters and the state after some steps; the gradient is odd in each parameter, so zeros are seen."""
-
-    @jit
-    def train(params: Any) -> Any:
-        opt_state = tx.init(params)
-        params = agent_optax.mask_params(params, opt_state)
-
-        def body(carry: Any, _: None) -> Any:
-            params, opt_state = carry
-            updates, opt_state = tx.update(jax.tree.map(jnp.cos, params), opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
-
-        return jax.lax.scan(body, (params, opt_state), length=NUM_STEPS)[0]
-
-    return train(params)
+def run(tx: Any, params: Any) -> Any:
+    """The parameters after some steps; the gradient is not zero where a parameter is."""
+    return train(tx, params, lambda params, step: jax.tree.map(jnp.cos, params), NUM_STEPS)[0]
 
 
 @both_storages
@@ -75,14 +62,14 @@ def test_a_tree_of_any_kind_is_trained_as_a_list_of_its_leaves(name: str, storag
     tree, rng = TREES[name], np.random.default_rng(0)
     masks = jax.tree.map(lambda p: rng.random(p.shape) < 0.5 if p.ndim > 1 and p.size else None, tree)
 
-    def train(tree: Any, masks: Any) -> Any:
+    def trained_on(tree: Any, masks: Any) -> Any:
         topology = agent_optax.rigl(update_every=2)
-        return run(agent_optax.sparsify(optax.adam(0.1), topology, masks=masks, storage=storage), tree)[0]
+        return run(agent_optax.sparsify(optax.adam(0.1), topology, masks=masks, storage=storage), tree)
 
-    trained = train(tree, masks)
+    trained = trained_on(tree, masks)
     chex.assert_trees_all_equal_structs(trained, tree)
     given = jax.tree.structure(tree).flatten_up_to(masks)
-    listed = train(jax.tree.leaves(tree), given)
+    listed = trained_on(jax.tree.leaves(tree), given)
     chex.assert_trees_all_close(jax.tree.leaves(trained), listed, rtol=1e-6)
     for leaf, mask in zip(listed, given, strict=True):
         assert mask is None or np.count_nonzero(leaf) == mask.sum()
@@ -103,7 +90,7 @@ def test_none_stands_for_a_subtree_of_masks(storage: str) -> None:
     params = {"a": Layer(kernel(0), jnp.ones(5)), "b": Layer(kernel(1), jnp.ones(5))}
     masks = {"a": Layer(np.eye(6, 5, dtype=bool), None), "b": None}
     tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), masks=masks, storage=storage)
-    trained, _ = run(tx, params)
+    trained = run(tx, params)
     dense = run_plain(optax.sgd(0.1), params["b"])
     chex.assert_trees_all_close(trained["b"], dense, rtol=1e-6)
     np.testing.assert_array_equal(trained["a"].kernel != 0, np.eye(6, 5, dtype=bool))
@@ -144,7 +131,7 @@ def test_prefixes_and_frozen_parts_as_optax_allows_them(storage: str) -> None:
     adam = optax.adam(0.05)
     # Frozen or not seen: not a weight is touched, and the rest is trained.
     for tx in (sparse(partitioned(adam), storage), partitioned(sparse(adam, storage))):
-        trained, _ = run(tx, PARAMS)
+        trained = run(tx, PARAMS)
         chex.assert_trees_all_equal(trained["frozen"], PARAMS["frozen"])
         assert np.count_nonzero(trained["trained"]["kernel"]) == 15
         bias = run_plain(adam, PARAMS["trained"])["bias"]
@@ -152,7 +139,7 @@ def test_prefixes_and_frozen_parts_as_optax_allows_them(storage: str) -> None:
     # masked: others pass through, and are sparse too.
     momentum = lambda mask: optax.chain(optax.masked(optax.trace(0.9), mask), optax.scale(-0.1))  # noqa: E731
     whole = {"frozen": {"kernel": False}, "trained": {"kernel": True, "bias": True}}
-    by_prefix, by_leaf = (run(sparse(momentum(mask), storage), PARAMS)[0] for mask in (PREFIX, whole))
+    by_prefix, by_leaf = (run(sparse(momentum(mask), storage), PARAMS) for mask in (PREFIX, whole))
     chex.assert_trees_all_equal(by_prefix, by_leaf)
     assert np.count_nonzero(by_prefix["frozen"]["kernel"]) == 15
 
@@ -162,5 +149,5 @@ def test_masks_for_a_frozen_part_need_a_static_topology() -> None:
     inner = partitioned(optax.adam(0.05))
     with pytest.raises(ValueError, match=r"frozen/kernel.*static\(\)"):
         agent_optax.sparsify(inner, agent_optax.rigl(), masks=masks).init(PARAMS)
-    trained, _ = run(agent_optax.sparsify(inner, agent_optax.static(), masks=masks), PARAMS)
+    trained = run(agent_optax.sparsify(inner, agent_optax.static(), masks=masks), PARAMS)
     np.testing.assert_array_equal(trained["frozen"]["kernel"], np.maximum(PARAMS["frozen"]["kernel"], 0))

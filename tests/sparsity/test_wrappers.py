@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from conformance import jit
+from sparse_loop import train
 
 import agent_optax
 
@@ -41,29 +42,20 @@ def sparse(storage: str = "dense", topology: Any = None, inner: Any = None, **op
     return agent_optax.sparsify(inner, topology, masks=masks, storage=storage, **options)
 
 
-def run(tx: Any) -> tuple[Any, Any]:
-    """The parameters after each step, and the state; gradients are odd, and never zero where a weight is."""
+def run(tx: Any) -> Any:
+    """The parameters before each step and after the last; the gradient is not zero where a parameter is."""
 
-    @jit
-    def train(params: Any) -> Any:
-        opt_state = tx.init(params)
-        params = agent_optax.mask_params(params, opt_state)
+    def gradient(params: Any, step: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(1), step)
+        return jax.tree.map(lambda p: p + jax.random.normal(key, p.shape), params)
 
-        def body(carry: Any, key: Any) -> Any:
-            params, opt_state = carry
-            grads = jax.tree.map(lambda p: p + jax.random.normal(key, p.shape), params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), params
-
-        return jax.lax.scan(body, (params, opt_state), jax.random.split(jax.random.key(1), NUM_STEPS))
-
-    (params, opt_state), trajectory = train(PARAMS)
-    return jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), trajectory, params), opt_state
+    params, _, before = train(tx, PARAMS, gradient, NUM_STEPS)
+    return jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), before, params)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapped_alike_in_both_storages(name: str) -> None:
-    dense, compact = (run(WRAPPERS[name](sparse(storage)))[0] for storage in ("dense", "compact"))
+    dense, compact = (run(WRAPPERS[name](sparse(storage))) for storage in ("dense", "compact"))
     chex.assert_trees_all_close(dense, compact, rtol=1e-5, atol=1e-6)
     assert np.ptp(dense["kernel"], axis=0).any()  # it trains
 

@@ -72,15 +72,21 @@ def select_jointly(
 
 
 def select_from_all(
-    scores: Sequence[jax.Array], k: int | jax.Array, candidates: Sequence[jax.Array], floor: int = 1
+    scores: Sequence[jax.Array], k: int | jax.Array, candidates: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Masks of the k largest scores of several arrays together, but at least `floor` of each that has as many."""
-    if floor == 0:
-        return select_jointly(scores, k, candidates)
-    safe = [select(s, jnp.minimum(floor, num_true(c)), c) for s, c in zip(scores, candidates, strict=True)]
+    """Masks of the k largest scores of several arrays together, but at least one of each array that has candidates."""
+    safe = [_largest(s, c) for s, c in zip(scores, candidates, strict=True)]
     rest = jnp.maximum(jnp.asarray(k, jnp.int32) - num_true(*safe), 0)
     others = select_jointly(scores, rest, [c & ~s for c, s in zip(candidates, safe, strict=True)])
     return [s | o for s, o in zip(safe, others, strict=True)]
+
+
+def _largest(scores: jax.Array, candidates: jax.Array) -> jax.Array:
+    """A mask of the largest candidate, the first of equal ones: two reductions, and no loop to compile."""
+    ranks = jnp.where(candidates, _ranks(scores), 0)
+    tied = candidates & (ranks == jnp.max(ranks))
+    position = jnp.arange(scores.size, dtype=jnp.int32).reshape(scores.shape)
+    return position == jnp.min(jnp.where(tied, position, scores.size))
 
 
 def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ def positions(packed: jax.Array, capacity: int) -> jax.Array:
     """int32 [capacity]: the sorted positions of the set bits of bytes, most significant bit first; then padding.
 
     A cumulative sum over single weights would take several arrays of their size and most of the time of a topology
-    update; here it runs over bytes of eight, and from there on over the positions asked for.
+    update; here it runs over bytes of eight, and after that over the requested positions.
     """
     place = jnp.arange(capacity, dtype=jnp.int32)
     if not capacity or not packed.size:

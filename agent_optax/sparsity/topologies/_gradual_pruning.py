@@ -30,7 +30,7 @@ class GradualPruningState(NamedTuple):
     """Where each layer comes from and goes to."""
 
     start_sparsity: jax.Array  # float [layers]
-    final_sparsity: jax.Array  # float [layers], as asked for
+    final_sparsity: jax.Array  # float [layers], as requested
     final_active: jax.Array  # int32 [layers], the exact number
 
 
