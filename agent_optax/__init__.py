@@ -31,6 +31,7 @@ from agent_optax.correction import (
     value_and_grads,
 )
 from agent_optax.sparsity import (
+    Axes,
     SparseUpdate,
     SparsifyState,
     active_masks,
@@ -40,6 +41,7 @@ from agent_optax.sparsity import (
     drop_and_grow,
     erdos_renyi,
     erk,
+    fan_in,
     gradient_magnitude,
     gradual_pruning,
     kernels,
@@ -67,6 +69,7 @@ from agent_optax.sparsity import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Axes",
     # Correction: which old gradient, and how much of it.
     "correct_gradients",
     "agent",
@@ -111,6 +114,7 @@ __all__ = [
     "uniform",
     "erdos_renyi",
     "erk",
+    "fan_in",
     "kernels",
     "named",
     "top_k_mask",

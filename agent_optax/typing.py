@@ -11,7 +11,8 @@ from agent_optax.correction._memory import Memory, MemoryState, Recalled
 from agent_optax.sparsity._groups import Groups
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._pattern import Pattern
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity._topology import Topology

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from agent_optax._validation import check_positive_int
+from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves
 from agent_optax.sparsity._where import leaf_names
 
 
@@ -51,20 +52,26 @@ def is_n_m(mask: Any, n: int = 2, m: int = 4, axis: int = -2) -> bool:
     return _report(mask, n, m, axis).is_n_m
 
 
-def n_m_report(masks: Any, n: int = 2, m: int = 4, axis: int = -2) -> dict[str, NMReport]:
-    """`is_n_m` for each layer, with what stands in its way.
+def n_m_report(
+    masks: Any, n: int = 2, m: int = 4, axis: Literal["inputs", "outputs"] = "inputs", axes: AxesChoice = None
+) -> dict[str, NMReport]:
+    """`is_n_m` for each leaf along the inputs of its layers, with what stands in its way.
+
+    Inputs are all axes over which a product sums, in the order of the matrix that a product sees: in the output
+    projection of attention heads and their sizes together, in a convolution the positions of the filter and channels.
 
     Args:
         masks: a tree of masks or weights, None where nothing is pruned, such as `agent_optax.active_masks` returns.
         n: how many of m may be active. Default 2.
         m: the size of a group. Default 4.
-        axis: the axis along which groups lie. Default: the last but one.
+        axis: along what groups lie, ``"inputs"`` (default) or ``"outputs"``, as for `agent_optax.n_m`.
+        axes: what the axes of leaves are, as for `agent_optax.sparsify`. Default None: by the conventions of Flax.
 
     Returns:
         Names of leaves to `NMReport`.
 
     Raises:
-        ValueError: as `is_n_m`, or if there is no mask.
+        ValueError: as `is_n_m`, if there is no mask, or nothing tells which axes of a leaf are its inputs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,10 +80,24 @@ def n_m_report(masks: Any, n: int = 2, m: int = 4, axis: int = -2) -> dict[str, 
         >>> export.n_m_report(masks)
         {'Dense_0/kernel': NMReport(is_n_m=True, num_groups=6, num_too_dense=0, density=0.5)}
     """
-    leaves = jax.tree.leaves(masks)
+    leaves, names = jax.tree.leaves(masks), leaf_names(masks)
     if not leaves:
         raise ValueError(f"masks holds no mask: pass agent_optax.active_masks(opt_state, params), got {masks!r}.")
-    return {name: _report(leaf, n, m, axis, name) for name, leaf in zip(leaf_names(masks), leaves, strict=True)}
+    if axis not in ("inputs", "outputs"):
+        raise ValueError(f"axis must be 'inputs' or 'outputs', got {axis!r}: axes= says which those are.")
+    reports = {}
+    for name, leaf, (own, is_known) in zip(
+        names, leaves, axes_of_leaves(axes, names, [jnp.shape(leaf) for leaf in leaves]), strict=True
+    ):
+        if not is_known:
+            raise ValueError(
+                f"nothing tells which axes of {name}, of shape {jnp.shape(leaf)}, are its inputs: say so with "
+                "axes=lambda name, shape: agent_optax.Axes(stack=0, inputs=1, outputs=2), say."
+            )
+        layers = jnp.stack(own.unstacked(jnp.asarray(leaf)))
+        matrices = layers.reshape(len(layers), -1, layers.shape[-1])
+        reports[name] = _report(matrices, n, m, -2 if axis == "inputs" else -1, name)
+    return reports
 
 
 def _report(mask: Any, n: int, m: int, axis: int, name: str = "mask") -> NMReport:

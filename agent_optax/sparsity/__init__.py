@@ -1,5 +1,6 @@
 """Sparse optimizers: which weights are active."""
 
+from agent_optax.sparsity._axes import Axes
 from agent_optax.sparsity._distribution import erdos_renyi, erk, uniform
 from agent_optax.sparsity._magnitude_masks import magnitude_masks
 from agent_optax.sparsity._masks import active_masks, mask_params
@@ -7,6 +8,7 @@ from agent_optax.sparsity._sparsify import sparsify
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._where import kernels, named
 from agent_optax.sparsity.patterns._blocks import blocks, output_channels
+from agent_optax.sparsity.patterns._fan_in import fan_in
 from agent_optax.sparsity.patterns._n_m import n_m
 from agent_optax.sparsity.selection._top_k import top_k_mask
 from agent_optax.sparsity.storages._sparse_update import SparseUpdate
@@ -28,6 +30,7 @@ from agent_optax.sparsity.topologies._snfs import snfs
 from agent_optax.sparsity.topologies._static import static
 
 __all__ = [
+    "Axes",
     "SparseUpdate",
     "SparsifyState",
     "active_masks",
@@ -37,6 +40,7 @@ __all__ = [
     "drop_and_grow",
     "erdos_renyi",
     "erk",
+    "fan_in",
     "gradient_magnitude",
     "gradual_pruning",
     "kernels",

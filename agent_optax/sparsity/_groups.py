@@ -1,50 +1,27 @@
-"""Groups of entries along the input axis, of which a fixed number is active."""
+"""Groups of weights of which a fixed number is active: what keeps a pattern through a topology update."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
-import jax.numpy as jnp
-
-from agent_optax.sparsity.selection._tiles import join_axes, split_axis
-
-INPUT_AXIS = -2  # of the kernels of Flax: (..., inputs, outputs)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
 class Groups:
-    """Exactly n active entries in every m along the input axis."""
+    """A subclass says which masks keep the pattern: `best` is the best of them.
 
-    n: int
-    m: int
+    Groups go through compiled loops with their layer, so a subclass is a frozen dataclass registered as static
+    (`jax.tree_util.register_static`).
+    """
 
-    @functools.partial(jax.jit, inline=True)
-    def best(self, scores: jax.Array, first: jax.Array) -> jax.Array:
-        """The n entries of each group that come first: those of `first`, then by falling score, then by position."""
-        like, scores, first = first, self._split(scores), self._split(first)
+    def best(
+        self, scores: jax.Array, first: jax.Array, number: int | jax.Array, first_scores: jax.Array | None = None
+    ) -> jax.Array:
+        """The mask that has the pattern and `number` active entries: those of `first`, then by falling score.
 
-        def count(j: jax.Array, before: jax.Array) -> jax.Array:
-            """Adds to `before` where entry j comes before an entry."""
-            other = jax.lax.dynamic_slice_in_dim(scores, j, 1, INPUT_AXIS)
-            other_first = jax.lax.dynamic_slice_in_dim(first, j, 1, INPUT_AXIS)
-            position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + INPUT_AXIS)
-            is_better = (other > scores) | ((other == scores) & (j < position))
-            is_before = (other_first & ~first) | ((other_first == first) & is_better)
-            return before + is_before.astype(jnp.int32)
-
-        before = jax.lax.fori_loop(0, self.m, count, jnp.zeros_like(scores, dtype=jnp.int32))
-        return join_axes(before < self.n, like)
-
-    def filled(self, scores: jax.Array, kept: jax.Array) -> jax.Array:
-        """The kept entries, at most n of a group, and those of largest score up to n."""
-        return self.best(scores, first=kept)
-
-    def are_exact(self, mask: jax.Array) -> jax.Array:
-        """Whether every group has n active entries."""
-        return jnp.all(jnp.sum(self._split(mask), axis=INPUT_AXIS) == self.n)
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        return split_axis(x, INPUT_AXIS, self.m)
+        Args:
+            scores: by which entries are ranked, in the shape of a layer.
+            first: bool: those that come before all others.
+            number: of active entries in the layer; a pattern that fixes it does not look at it.
+            first_scores: by which those of `first` are ranked among themselves, should a group not take them all.
+                Default: `scores`.
+        """
+        raise NotImplementedError

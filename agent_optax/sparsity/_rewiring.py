@@ -12,10 +12,12 @@ import optax
 
 from agent_optax._tree import is_masked, zero_like
 from agent_optax.correction._find import find_corrections
+from agent_optax.sparsity._axes import Axes
 from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._pattern import Pattern
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState, total
 
 Carry = TypeVar("Carry")
@@ -45,58 +47,72 @@ class Changes(NamedTuple):
     num_grown: jax.Array  # int32 []
 
 
-class LayerStorage(NamedTuple):
-    """How a storage takes part in a topology update, layer by layer; `stored` is what it holds of one layer."""
+class LeafStorage(NamedTuple):
+    """How a storage takes part in a topology update, leaf by leaf; `stored` is what it holds of one leaf."""
 
-    see: Callable[[Any], Layer]  # stored -> the layer, whole
-    change: Callable[[Any, Layer, jax.Array], tuple[Any, Changes]]  # (stored, layer, new mask) -> what it will hold
+    see: Callable[[Any], Layer]  # stored -> the leaf, whole, its axes as they are
+    change: Callable[[Any, Layer, jax.Array], tuple[Any, Changes]]  # (stored, leaf, new mask) -> what it will hold
     keep: Callable[[Any], Any]  # stored -> what it will hold where nothing changes
 
 
 def rewired(
     optimizer: SparseOptimizer,
-    storage: LayerStorage,
+    storage: LeafStorage,
     pruned: Sequence[PrunedLeaf],
     stored: Sequence[Any],
     usable: jax.Array,
     state: SparsifyState,
 ) -> tuple[list[Any], SparsifyState]:
-    """What the storage will hold of each layer, and the state with key and counts.
+    """What the storage will hold of each leaf, and the state with key and counts.
 
-    Nothing changes unless `usable`, which is False when a gradient or weight is not finite. Layers that need no other
-    layer change one after the other, each in a conditional of its own, so that the memory of one serves the next.
+    Nothing changes unless `usable`, which is False when a gradient or weight is not finite. Leaves that need no other
+    leaf change one after the other, each in a conditional of its own, so that the memory of one serves the next.
     """
     topology, step = optimizer.topology, state.topology_step
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
     momenta = topology.momenta(state.topology_state, len(stored))
-    patterns = [leaf.pattern for leaf in pruned]
+    kinds = [(leaf.pattern, leaf.axes) for leaf in pruned]
 
-    def rewire_layer(pattern: Pattern, stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
-        layer = storage.see(stored)._replace(momentum=momentum)
-        mask = topology.rewire_layer(pattern.units(layer), step, key)
-        changed, changes = storage.change(stored, layer, pattern.entries(mask, layer.mask))
+    def rewire_leaf(kind: tuple[Pattern, Axes], stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
+        pattern, axes = kind
+        leaf = storage.see(stored)._replace(momentum=momentum)
+
+        def new_mask(layer: Layer, key: jax.Array) -> jax.Array:
+            return pattern.entries(topology.rewire_layer(pattern.units(layer), step, key), layer.mask)
+
+        changed, changes = storage.change(stored, leaf, axes.map_layers(new_mask, leaf, key, leaf.mask))
         return changed, changes._replace(num_grown=changes.num_dropped) if topology.keeps_counts else changes
 
-    def keep_layer(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
+    def keep_leaf(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
         del momentum, key
         zero = zero_like(stored, jnp.int32)
         return storage.keep(stored), Changes(zero, zero)
 
-    def change_layer(pattern: Pattern, layer: tuple[Any, Any], due: jax.Array, key: jax.Array) -> tuple[Any, Changes]:
-        return jax.lax.cond(due, functools.partial(rewire_layer, pattern), keep_layer, *layer, key)
+    def change_leaf(
+        kind: tuple[Pattern, Axes], leaf: tuple[Any, Any], due: jax.Array, key: jax.Array
+    ) -> tuple[Any, Changes]:
+        return jax.lax.cond(due, functools.partial(rewire_leaf, kind), keep_leaf, *leaf, key)
 
     if topology.is_layerwise:
         due = optimizer.layers_due(step, len(stored)) & usable
         keys = jax.random.split(key, max(len(stored), 1))
-        changed, changes = map_layers(change_layer, patterns, list(zip(stored, momenta, strict=True)), due, keys)
+        changed, changes = map_layers(change_leaf, kinds, list(zip(stored, momenta, strict=True)), due, keys)
     else:
-        layers = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
-        units = [pattern.units(layer) for pattern, layer in zip(patterns, layers, strict=True)]
+        leaves = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
+        layers = [
+            [(pattern, layer) for layer in axes.unstacked_layers(leaf)]
+            for (pattern, axes), leaf in zip(kinds, leaves, strict=True)
+        ]
+        flat = [pair for of_leaf in layers for pair in of_leaf]
+        units = [pattern.units(layer) for pattern, layer in flat]
         masks, topology_state = topology.rewire(units, state.topology_state, step, key)
-        masks = [jnp.where(usable, new, layer.mask) for new, layer in zip(masks, units, strict=True)]
+        new_masks = iter(
+            pattern.entries(jnp.where(usable, new, unit.mask), layer.mask)
+            for new, unit, (pattern, layer) in zip(masks, units, flat, strict=True)
+        )
         both = [
-            storage.change(s, layer, pattern.entries(mask, layer.mask))
-            for s, layer, pattern, mask in zip(stored, layers, patterns, masks, strict=True)
+            storage.change(s, leaf, axes.restacked([next(new_masks) for _ in of_leaf], leaf.mask))
+            for s, leaf, (_, axes), of_leaf in zip(stored, leaves, kinds, layers, strict=True)
         ]
         changed = [new for new, _ in both]
         changes = jax.tree.map(lambda *counts: total(counts), *(counts for _, counts in both)) if both else None

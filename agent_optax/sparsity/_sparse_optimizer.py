@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,15 @@ import numpy as np
 import optax
 
 from agent_optax._tree import is_masked
-from agent_optax.sparsity._pattern import Pattern, PatternChoice, patterns_of
+from agent_optax.sparsity._default_axes import AxesChoice
+from agent_optax.sparsity._pattern import PatternChoice
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf, pruned_leaves
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import check_sizes, leaf_names
+from agent_optax.sparsity._where import check_sizes
 from agent_optax.sparsity.inner._like_params import likely_extra_args, split_args
 from agent_optax.sparsity.inner._traits import Traits, trace_update, traits_of
 
 MAX_STUDIED = 64  # programs whose traits are kept
-
-
-class PrunedLeaf(NamedTuple):
-    """A leaf of the parameters that is pruned."""
-
-    index: int  # among the leaves of params
-    name: str
-    pattern: Pattern
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,18 +31,16 @@ class SparseOptimizer:
     inner: optax.GradientTransformationExtraArgs
     topology: Topology
     pattern: PatternChoice
+    axes: AxesChoice
     grow_by: str
     stagger: bool
     studied: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def pruned_leaves(self, params: optax.Params, masks: Any) -> list[PrunedLeaf]:
         """The leaves that have a mask; ValueError where one cannot have its pattern, or the topology not keep it."""
-        leaves, treedef = jax.tree.flatten(params)
-        masked = [not is_masked(mask) for mask in treedef.flatten_up_to(masks)]
-        names = [name for name, is_pruned in zip(leaf_names(params), masked, strict=True) if is_pruned]
-        indices = [i for i, is_pruned in enumerate(masked) if is_pruned]
-        pruned = [PrunedLeaf(*leaf) for leaf in zip(indices, names, patterns_of(self.pattern, names), strict=True)]
-        _check_patterns(pruned, [jnp.shape(leaves[leaf.index]) for leaf in pruned], self.topology)
+        masked = [not is_masked(mask) for mask in jax.tree.structure(params).flatten_up_to(masks)]
+        pruned = pruned_leaves(params, masked, self.pattern, self.axes)
+        _check_topology(pruned, self.topology)
         return pruned
 
     def layers_due(self, step: jax.Array, num_layers: int) -> jax.Array:
@@ -103,10 +95,10 @@ class SparseOptimizer:
         return []
 
 
-def _check_patterns(pruned: Sequence[PrunedLeaf], shapes: Sequence[tuple[int, ...]], topology: Topology) -> None:
-    """Raises ValueError where a leaf cannot have its pattern, or the topology cannot keep it."""
-    for (_, name, pattern), shape in zip(pruned, shapes, strict=True):
-        pattern.check(name, shape)
+def _check_topology(pruned: Sequence[PrunedLeaf], topology: Topology) -> None:
+    """Raises ValueError where the topology cannot keep a pattern, or count the weights."""
+    for leaf in pruned:
+        pattern = leaf.pattern
         if (pattern.has_groups and not topology.supports_groups) or (
             pattern.has_blocks and not topology.supports_blocks
         ):
@@ -114,10 +106,8 @@ def _check_patterns(pruned: Sequence[PrunedLeaf], shapes: Sequence[tuple[int, ..
                 f"pattern={pattern} cannot be kept by {topology}, which changes how many weights are active where: use "
                 "another topology, such as agent_optax.rigl(), or no pattern."
             )
-    check_sizes(
-        {leaf.name: math.prod(shape) for leaf, shape in zip(pruned, shapes, strict=True)}, topology.counts_jointly
-    )
-    units = {leaf.name: leaf.pattern.unit_size(shape) for leaf, shape in zip(pruned, shapes, strict=True)}
+    check_sizes({leaf.name: math.prod(leaf.shape) for leaf in pruned}, topology.counts_jointly)
+    units = {leaf.name: leaf.pattern.unit_size(leaf.layer_shape) for leaf in pruned}
     if topology.counts_jointly and len(set(units.values())) > 1:
         raise ValueError(
             f"{topology} trades blocks of one layer for blocks of another, which needs blocks of one size, but pattern="

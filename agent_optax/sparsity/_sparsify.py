@@ -11,10 +11,12 @@ import optax
 
 from agent_optax._tree import zero_like
 from agent_optax._validation import check_fraction, check_part, is_concrete_number
+from agent_optax.sparsity._default_axes import AxesChoice, check_axes
 from agent_optax.sparsity._distribution import Distribution, erk
 from agent_optax.sparsity._gradients import check_grads
-from agent_optax.sparsity._pattern import Pattern, PatternChoice, check_pattern
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._pattern import PatternChoice, check_pattern, fixed_sparsity
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start, given_start, random_start
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._storage import Storage
@@ -36,6 +38,7 @@ def sparsify(
     key: int | jax.Array = 0,
     masks: Any = None,
     pattern: PatternChoice = None,
+    axes: AxesChoice = None,
     grow_by: Literal["raw", "corrected"] = "raw",
     stagger: bool = False,
     allow_empty_layers: bool = False,
@@ -76,8 +79,10 @@ def sparsify(
         key: seeds the start masks and random growth; an int or a JAX random key.
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
             is pruned. `sparsity`, `distribution` and `where` are not used then (`gradual_pruning` ends at `sparsity`).
-        pattern: which masks are allowed: `n_m(2, 4)`, `blocks((4, 4))`, `output_channels()`, or a callable on the
-            leaf's path that gives one of these, or None for any. Default None: unstructured.
+        pattern: which masks are allowed: `n_m(2, 4)`, `fan_in()`, `blocks((4, 4))`, `output_channels()`, or a callable
+            on the leaf's path that gives one of these, or None for any. Default None: unstructured.
+        axes: a callable on the name and shape of each leaf, ``axes(name, shape) -> Axes``, or None for the default,
+            which follows Flax, Haiku and Equinox; see `Axes` and :doc:`/families/axes`. Default None: that for all.
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
         stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
             step does the work of all of them. Each layer still changes once an interval, later by its share of it.
@@ -117,8 +122,8 @@ def sparsify(
     check_part("inner", inner, "update", "optax.sgd(0.1)")
     check_part("topology", topology, "is_due", "agent_optax.rigl()")
     check_pattern(pattern)
-    if isinstance(pattern, Pattern) and pattern.density is not None:
-        sparsity = _fixed_sparsity(sparsity, pattern, 1 - pattern.density)
+    check_axes(axes)
+    sparsity = fixed_sparsity(sparsity, pattern)
     if sparsity is None and not callable(pattern) and (masks is None or topology.initial_sparsity is not None):
         raise ValueError("sparsify needs sparsity=, such as sparsity=0.9, or start masks with masks=.")
     if isinstance(sparsity, (jax.Array, np.ndarray)):
@@ -134,7 +139,7 @@ def sparsify(
         raise ValueError(f"stagger=True changes layers at different steps, and {topology} needs all of them at once.")
     storing = _chosen_storage(storage, topology, updates, dense_updates)
     key = _random_key(key)
-    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, pattern, grow_by, stagger)
+    optimizer = SparseOptimizer(optax.with_extra_args_support(inner), topology, pattern, axes, grow_by, stagger)
     storing.check(optimizer)
 
     def init(params: optax.Params) -> SparsifyState:
@@ -192,7 +197,7 @@ def sparsify(
             chosen = prunable(params, treedef.unflatten(leaves))
             pruned = pruned_among(params, chosen)
         initial = topology.initial_sparsity
-        return random_start(params, chosen, pruned, sparsity, initial, distribution, allow_empty_layers, mask_key)
+        return random_start(params, pruned, sparsity, initial, distribution, allow_empty_layers, mask_key)
 
     def pruned_among(params: optax.Params, chosen: Any) -> list[PrunedLeaf]:
         hidden = jax.tree.map(lambda c, p: p if c else optax.MaskedNode(), chosen, params)
@@ -270,15 +275,6 @@ def _is_hashable(arg: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _fixed_sparsity(sparsity: Any, pattern: Pattern, fixed: float) -> Any:
-    """The sparsity that a pattern fixes; ValueError if another one was passed."""
-    if is_concrete_number(sparsity) and abs(sparsity - fixed) > 1e-9:
-        raise ValueError(
-            f"sparsity={sparsity} does not fit pattern={pattern}, whose sparsity is {fixed:g}: leave it out."
-        )
-    return fixed if sparsity is None else sparsity
 
 
 def _random_key(key: int | jax.Array) -> jax.Array:

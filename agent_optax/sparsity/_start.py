@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from agent_optax._tree import is_masked
 from agent_optax._validation import is_concrete_number
+from agent_optax.sparsity._axes import Axes, Shape
+from agent_optax.sparsity._densities import densities
 from agent_optax.sparsity._distribution import Distribution
 from agent_optax.sparsity._equal_layers import map_layers
-from agent_optax.sparsity._floors import with_floors
-from agent_optax.sparsity._layer import Target
+from agent_optax.sparsity._floors import Floor, with_floors
+from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._pattern import Pattern
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import densities
-
-Shape = tuple[int, ...]
+from agent_optax.sparsity.selection._top_k import num_true
 
 
 class Start(NamedTuple):
@@ -30,12 +29,11 @@ class Start(NamedTuple):
 
     masks: Any  # like params, bool; MaskedNode where nothing is pruned
     counts: Any  # like masks, int: active weights; None where they are not known
-    targets: list[Target]  # of the pruned leaves, in their order
+    targets: list[Target]  # of the layers of the pruned leaves, in their order
 
 
 def random_start(
     params: optax.Params,
-    chosen: Any,
     pruned: Sequence[PrunedLeaf],
     sparsity: Any,
     initial_sparsity: float | None,
@@ -45,31 +43,48 @@ def random_start(
 ) -> Start:
     """Random masks of the patterns; an initial sparsity says where they start, never sparser than they end."""
     leaves, treedef = jax.tree.flatten(params)
-    shapes = [jnp.shape(leaves[leaf.index]) for leaf in pruned]
-    patterns = [leaf.pattern for leaf in pruned]
-    shared = _shared_densities(params, chosen, pruned, sparsity, distribution)
-    targets, numbers = _targets(pruned, shapes, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
+    shared = shared_densities(params, pruned, sparsity, distribution)
+    densities_and_numbers = active_units(pruned, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
+    starts = [number for _, number in densities_and_numbers]
     if initial_sparsity is not None:
-        initial = [density for _, density in densities(params, chosen, initial_sparsity, distribution)]
-        numbers = [
-            max(number, pattern.count(shape, density))
-            for number, pattern, shape, density in zip(numbers, patterns, shapes, initial, strict=True)
-        ]
-
-    def random_mask(kind: tuple[Pattern, int], like: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[()]]:
-        pattern, number = kind
-        return pattern.random_mask(number, like, key), ()
-
-    indices = jnp.asarray([leaf.index for leaf in pruned], jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-    masks, _ = map_layers(
-        random_mask, list(zip(patterns, numbers, strict=True)), [leaves[leaf.index] for leaf in pruned], keys
-    )
+        initial = densities(params, pruned, initial_sparsity, distribution)
+        of_each = zip(starts, _pattern_of_each_layer(pruned), initial, strict=True)
+        starts = [max(number, pattern.count(shape, density)) for number, (pattern, shape), density in of_each]
+    targets = [
+        Target(pattern.num_units(shape), density, number, start)
+        for (pattern, shape), (density, number), start in zip(
+            _pattern_of_each_layer(pruned), densities_and_numbers, starts, strict=True
+        )
+    ]
+    remaining = iter(starts)
+    of_leaf = [tuple(next(remaining) for _ in range(leaf.num_layers)) for leaf in pruned]
+    kinds = [(leaf.pattern, leaf.axes, own) for leaf, own in zip(pruned, of_leaf, strict=True)]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([leaf.index for leaf in pruned], jnp.int32))
+    masks, _ = map_layers(_random_mask, kinds, [leaves[leaf.index] for leaf in pruned], keys)
     tree = list[Any]([optax.MaskedNode()] * len(leaves))
     counts = list(tree)
-    for leaf, mask, number in zip(pruned, masks, numbers, strict=True):
-        tree[leaf.index], counts[leaf.index] = mask, number
+    for leaf, mask, own in zip(pruned, masks, of_leaf, strict=True):
+        tree[leaf.index] = mask
+        entries = [leaf.pattern.num_entries(leaf.layer_shape, number) for number in own]
+        counts[leaf.index] = None if None in entries else sum(n for n in entries if n is not None)
     return Start(treedef.unflatten(tree), treedef.unflatten(counts), targets)
+
+
+def _random_mask(
+    kind: tuple[Pattern, Axes, tuple[int, ...]], like: jax.Array, key: jax.Array
+) -> tuple[jax.Array, tuple[()]]:
+    """A mask with these numbers of active units in the layers of a leaf."""
+    pattern, axes, numbers = kind
+    if len(set(numbers)) == 1:
+
+        def random_mask(layer: Layer, key: jax.Array) -> jax.Array:
+            return pattern.random_mask(numbers[0], layer.mask, key)
+
+        blank = jnp.zeros_like(like, dtype=bool)
+        return axes.map_layers(random_mask, Layer(like, blank, like, None), key, like), ()
+    keys = jax.random.split(key, len(numbers))
+    layers = zip(numbers, axes.unstacked(like), keys, strict=True)
+    return axes.restacked([pattern.random_mask(number, layer, k) for number, layer, k in layers], like), ()
 
 
 def given_start(
@@ -84,27 +99,39 @@ def given_start(
     needs_counts: bool,
 ) -> Start:
     """Given masks; they end with their own numbers of active weights, or at `sparsity` if the topology prunes."""
-    given = jax.tree.leaves(masks)
-    patterns = [leaf.pattern for leaf in pruned]
-    for mask, leaf in zip(given, pruned, strict=True):
-        if _is_surely_false(leaf.pattern.allows(mask)):
-            raise ValueError(
-                f"masks= does not have the pattern {leaf.pattern} in {leaf.name}: correct the mask, or drop pattern=."
-            )
+    starts: list[jax.Array] = []
+    with jax.ensure_compile_time_eval():  # known masks are looked at also inside jax.jit
+        for mask, leaf in zip(originals, pruned, strict=True):
+            layers = leaf.axes.unstacked(jnp.asarray(mask, bool))
+            for name, layer in zip(leaf.layer_names(), layers, strict=True):
+                if _is_surely_false(leaf.pattern.allows(layer)):
+                    raise ValueError(
+                        f"masks= does not have the pattern {leaf.pattern} in {name}: correct the mask, or drop "
+                        "pattern=."
+                    )
+            starts += [_num_active(leaf.pattern, layer) for layer in layers]
+    of_each = _pattern_of_each_layer(pruned)
     if topology.initial_sparsity is None:
-        units = [pattern.unit_size(mask.shape) for mask, pattern in zip(given, patterns, strict=True)]
         targets = [
-            Target(mask.size // unit, None, jnp.sum(mask, dtype=jnp.int32) // unit)
-            for mask, unit in zip(given, units, strict=True)
+            Target(pattern.num_units(shape), None, number, number)
+            for (pattern, shape), number in zip(of_each, starts, strict=True)
         ]
     else:
-        chosen = jax.tree.map(lambda _, m: not is_masked(m), params, masks)
-        shared = _shared_densities(params, chosen, pruned, sparsity, distribution)
-        shapes = [mask.shape for mask in given]
-        targets, _ = _targets(pruned, shapes, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
-        _check_not_sparser(pruned, originals, targets, topology.counts_jointly)
+        shared = shared_densities(params, pruned, sparsity, distribution)
+        ends = active_units(pruned, shared, allow_empty, keeps_total=is_concrete_number(sparsity))
+        targets = [
+            Target(pattern.num_units(shape), density, end, start)
+            for (pattern, shape), (density, end), start in zip(of_each, ends, starts, strict=True)
+        ]
+        _check_not_sparser(pruned, targets, topology.counts_jointly)
     counts = jax.tree.structure(masks).unflatten(map(_concrete_count, originals)) if needs_counts else None
     return Start(masks, counts, targets)
+
+
+def _num_active(pattern: Pattern, mask: jax.Array) -> jax.Array:
+    """int32: the active units in the mask of a layer."""
+    weights = mask.astype(jnp.float32)
+    return num_true(pattern.units(Layer(weights, mask, weights, None)).mask)
 
 
 def _is_surely_false(truth: jax.Array) -> bool:
@@ -114,12 +141,12 @@ def _is_surely_false(truth: jax.Array) -> bool:
         return False
 
 
-def _shared_densities(
-    params: optax.Params, chosen: Any, pruned: Sequence[PrunedLeaf], sparsity: Any, distribution: Distribution
+def shared_densities(
+    params: optax.Params, pruned: Sequence[PrunedLeaf], sparsity: Any, distribution: Distribution
 ) -> list[float]:
-    """The density of each pruned leaf; without a sparsity those that the patterns fix."""
+    """The density of each layer; without a sparsity those that the patterns fix."""
     if sparsity is not None:
-        return [density for _, density in densities(params, chosen, sparsity, distribution)]
+        return densities(params, pruned, sparsity, distribution)
     fixed = []
     for leaf in pruned:
         if leaf.pattern.density is None:
@@ -127,48 +154,52 @@ def _shared_densities(
                 f"sparsify needs sparsity=, such as sparsity=0.9: {leaf.name} has the pattern {leaf.pattern}, which "
                 "fixes none."
             )
-        fixed.append(leaf.pattern.density)
+        fixed += [leaf.pattern.density] * leaf.num_layers
     return fixed
 
 
-def _targets(
-    pruned: Sequence[PrunedLeaf],
-    shapes: Sequence[Shape],
-    shared: Sequence[float],
-    allow_empty: bool,
-    keeps_total: bool,
-) -> tuple[list[Target], list[int]]:
-    """The targets, and the numbers of active weights; a pattern may fix the density."""
-    fixed = [leaf.pattern.density for leaf in pruned]
-    density_of = [share if density is None else density for share, density in zip(shared, fixed, strict=True)]
-    units = [leaf.pattern.unit_size(shape) for leaf, shape in zip(pruned, shapes, strict=True)]
-    numbers = [leaf.pattern.count(shape, d) for leaf, shape, d in zip(pruned, shapes, density_of, strict=True)]
-    sizes = [math.prod(shape) for shape in shapes]
-    floors = [
-        number if density is not None else 0 if allow_empty else min(unit, size)
-        for number, density, unit, size in zip(numbers, fixed, units, sizes, strict=True)
-    ]
-    raised = with_floors([leaf.name for leaf in pruned], numbers, floors, units, keeps_total)
-    targets = [
-        Target(size // unit, density if number == before else number / size, number // unit)
-        for size, unit, density, number, before in zip(sizes, units, density_of, raised, numbers, strict=True)
-    ]
-    return targets, raised
+def _pattern_of_each_layer(pruned: Sequence[PrunedLeaf]) -> list[tuple[Pattern, Shape]]:
+    """The pattern and shape of each layer."""
+    return [(leaf.pattern, leaf.layer_shape) for leaf in pruned for _ in range(leaf.num_layers)]
 
 
-def _check_not_sparser(
-    pruned: Sequence[PrunedLeaf], originals: Sequence[Any], targets: Sequence[Target], is_joint: bool
-) -> None:
+def active_units(
+    pruned: Sequence[PrunedLeaf], shared: Sequence[float], allow_empty: bool, keeps_total: bool
+) -> list[tuple[float, int]]:
+    """The density and the number of active units of each layer; a pattern may fix the density."""
+    layers = _pattern_of_each_layer(pruned)
+    names = [name for leaf in pruned for name in leaf.layer_names()]
+    density_of = [
+        share if pattern.density is None else pattern.density
+        for (pattern, _), share in zip(layers, shared, strict=True)
+    ]
+    numbers, floors = [], []
+    for name, (pattern, shape), density in zip(names, layers, density_of, strict=True):
+        number = pattern.count(shape, density)
+        if number > pattern.most(shape):
+            raise ValueError(
+                f"{name} is to have the density {density:.4g}, and pattern={pattern} allows "
+                f"{pattern.most(shape) / pattern.num_units(shape):.4g} at most: pass a higher sparsity=, "
+                "distribution=agent_optax.uniform, or give patterns leaf by leaf with a callable on the path."
+            )
+        fewest = number if pattern.density is not None else 0 if allow_empty else pattern.step(shape)
+        numbers.append(number)
+        floors.append(Floor(name, min(fewest, pattern.num_units(shape)), pattern.step(shape), pattern.unit_size(shape)))
+    raised = with_floors(numbers, floors, keeps_total)
+    return [
+        (density if number == before else number / pattern.num_units(shape), number)
+        for (pattern, shape), density, number, before in zip(layers, density_of, raised, numbers, strict=True)
+    ]
+
+
+def _check_not_sparser(pruned: Sequence[PrunedLeaf], targets: Sequence[Target], is_joint: bool) -> None:
     """Raises ValueError if masks, where they are known, have fewer active weights than pruning ends with."""
-    try:
-        starts = [_concrete_count(mask) for mask in originals]
-    except ValueError:  # traced
+    if any(isinstance(target.num_start, Tracer) for target in targets):
         return
-    ends = [
-        int(target.num_active) * leaf.pattern.unit_size(np.shape(mask))
-        for target, leaf, mask in zip(targets, pruned, originals, strict=True)
-    ]
-    names = [leaf.name for leaf in pruned]
+    names = [name for leaf in pruned for name in leaf.layer_names()]
+    sizes = [pattern.unit_size(shape) for pattern, shape in _pattern_of_each_layer(pruned)]
+    starts = [int(target.num_start) * size for target, size in zip(targets, sizes, strict=True)]
+    ends = [int(target.num_active) * size for target, size in zip(targets, sizes, strict=True)]
     if is_joint:
         names, starts, ends = ["all leaves together"], [sum(starts)], [sum(ends)]
     for name, start, end in zip(names, starts, ends, strict=True):

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import is_absent, is_masked
-from agent_optax._validation import check_fraction, is_concrete_number
-from agent_optax.sparsity._distribution import Distribution
 
 MAX_COUNT = 2**31 - 1  # of an int32
 
@@ -172,34 +170,6 @@ def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -
     return chosen
 
 
-def densities(params: optax.Params, chosen: Any, sparsity: Any, distribution: Distribution) -> list[tuple[str, float]]:
-    """The name and density of each pruned leaf, in the order of the leaves."""
-    pruned = [
-        (name, leaf)
-        for name, leaf, c in zip(leaf_names(params), jax.tree.leaves(params), jax.tree.leaves(chosen), strict=True)
-        if c
-    ]
-    names = [name for name, _ in pruned]
-    if is_concrete_number(sparsity):
-        shared = list(distribution([jnp.shape(leaf) for _, leaf in pruned], float(sparsity)))
-        if len(shared) != len(names):
-            raise ValueError(
-                f"distribution= must give one density for each of the {len(names)} leaves to prune, "
-                f"{', '.join(names)}, got {shared!r}."
-            )
-        for name, density in zip(names, shared, strict=True):
-            check_fraction(f"the density of {name} that distribution= gives", density, "it is a share of the leaf")
-        return list(zip(names, shared, strict=True))
-    if is_function(sparsity):
-        per_leaf = [sparsity(name) for name in names]
-    else:
-        per_leaf = [s for s, c in zip(_sparsity_of_each(sparsity, params), jax.tree.leaves(chosen), strict=True) if c]
-    per_leaf = [0.0 if s is None else s for s in per_leaf]
-    for name, s in zip(names, per_leaf, strict=True):
-        check_fraction(f"sparsity of {name}", s, "it is the share of inactive weights, such as 0.9", below_one=True)
-    return [(name, 1.0 - s) for name, s in zip(names, per_leaf, strict=True)]
-
-
 def check_sizes(sizes: dict[str, int], counts_jointly: bool) -> None:
     """Raises ValueError where weights would be counted wrong: their numbers and positions are int32."""
     for name, size in sizes.items():
@@ -214,23 +184,6 @@ def check_sizes(sizes: dict[str, int], counts_jointly: bool) -> None:
             "together are counted up to 2^31 - 1: select layer by layer (scope='layer', or a topology that keeps the "
             "number of active weights of each layer, such as agent_optax.rigl()), or prune fewer leaves with where=."
         )
-
-
-def _sparsity_of_each(sparsity: Any, params: optax.Params) -> list[Any]:
-    """The sparsity of each leaf from a tree like params; None, for a leaf or a subtree, stands for 0."""
-
-    def spread(s: Any, subtree: Any) -> Any:
-        if not is_absent(s) and not _is_leaf_or_hidden(subtree):
-            raise ValueError("a number for a subtree")
-        return jax.tree.map(lambda _: 0.0 if is_absent(s) else s, subtree)
-
-    try:
-        return jax.tree.leaves(jax.tree.map(spread, sparsity, params, is_leaf=is_absent))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "sparsity must be a number, a function of the leaf's path, or a tree like params with None where "
-            f"nothing is pruned; got {sparsity!r}."
-        ) from error
 
 
 def given_masks(params: optax.Params, masks: Any) -> Any:
@@ -257,7 +210,7 @@ def copied_masks(params: optax.Params, masks: Any) -> tuple[Any, list[Any]]:
         return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
 
     def check_each(mask: Any, subtree: Any) -> Any:
-        if not is_absent(mask) and not _is_leaf_or_hidden(subtree):
+        if not is_absent(mask) and not is_leaf_or_hidden(subtree):
             raise ValueError("a mask for a subtree")
         return jax.tree.map(lambda leaf: check(mask, leaf), subtree)
 
@@ -275,7 +228,7 @@ def copied_masks(params: optax.Params, masks: Any) -> tuple[Any, list[Any]]:
     return checked, originals
 
 
-def _is_leaf_or_hidden(node: Any) -> bool:
+def is_leaf_or_hidden(node: Any) -> bool:
     return is_masked(node) or jax.tree_util.all_leaves([node])
 
 

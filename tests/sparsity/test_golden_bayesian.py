@@ -137,6 +137,6 @@ def test_initial_connections(golden, network):
     counts = [int(m.sum()) for m in jit(small.init)(params).active_weights.is_connected]
     assert counts == numbers[f"{network}_n_init"][-3:].tolist()
     total = agent_optax.bayesian_rewiring(0.1, 391, density=density).init(
-        None, None, [agent_optax.sparsity._topology.Target(int(n), 0.0, 0) for n in numbers[f"{network}_sizes"]]
+        None, None, [agent_optax.sparsity._topology.Target(int(n), 0.0, 0, 0) for n in numbers[f"{network}_sizes"]]
     )
     assert total == numbers[f"{network}_K"]

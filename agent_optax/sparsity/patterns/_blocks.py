@@ -6,6 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from agent_optax._tree import wide_dtype
 from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._pattern import Pattern
-from agent_optax.sparsity.selection._tiles import join_axes, split_axis
+from agent_optax.sparsity.patterns._columns import Columns
+from agent_optax.sparsity.selection._tiles import join_axes, split_axis, whole_axis
 from agent_optax.sparsity.selection._top_k import random_scores, select
 
 Reduce = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -28,7 +30,11 @@ def root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def blocks(
-    shape: tuple[int, ...], reduce_weights: Reduce = root_mean_square, reduce_grads: Reduce = root_mean_square
+    shape: tuple[int, ...],
+    reduce_weights: Reduce = root_mean_square,
+    reduce_grads: Reduce = root_mean_square,
+    *,
+    balanced: bool = False,
 ) -> Blocks:
     r"""Block sparsity, for ``sparsify(..., pattern=)``: whole blocks of a leaf are active or inactive.
 
@@ -38,18 +44,23 @@ def blocks(
         w_b = \sqrt{\tfrac1{|b|} \sum_{i \in b} w_i^2}, \qquad g_b = \sqrt{\tfrac1{|b|} \sum_{i \in b} g_i^2}
 
     Args:
-        shape: of a block, counted from the last axis: ``(4, 4)`` are tiles of 4 inputs and 4 outputs of a kernel in
-            Flax's layout, ``(-1, -1, 1, 1)`` the spatial filters of a convolution; -1 is the whole axis. Further
-            leading axes of a leaf are not grouped; a leaf with fewer axes uses the last. Each must divide its axis.
-        reduce_weights: a function of (array, axes) that takes the weights of a block to one. Default: the root of the
-            mean square.
+        shape: of a block, counted from the last axis of a layer, [*spatial, inputs, outputs] (see `Axes`): ``(4, 4)``
+            are tiles of 4 inputs and 4 outputs, ``(-1, -1, 1, 1)`` the spatial filters of a convolution; -1 is the
+            whole axis. Further leading axes of a layer are not grouped; a layer with fewer axes uses the last. Where
+            a block does not divide an axis, those at its end are smaller.
+        reduce_weights: a function of (array, axes) that takes the weights of a block to one; it sees zeros where a
+            block at the end has no weights. Default: the root of the mean square, over the weights that there are.
         reduce_grads: the same for gradients and their moving average.
+        balanced: whether each column of blocks, which feeds the same outputs, has the same number of active ones, at
+            least one. Default False.
 
     Returns:
-        A pattern for `agent_optax.sparsify`. A leaf gets round(density * number of blocks) active blocks.
+        A pattern for `agent_optax.sparsify`. A layer gets round(density * number of blocks) active blocks; balanced,
+        round(density * number of rows) in each column.
 
     Raises:
-        ValueError: if a number is neither positive nor -1; from ``init``, if a block does not divide a leaf.
+        ValueError: if a number is neither positive nor -1; from ``init``, with ``storage="compact"``, if the number of
+            active weights depends on which blocks are active, because some are smaller.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax
@@ -66,14 +77,14 @@ def blocks(
         raise ValueError(f"shape must be a tuple of whole numbers such as (4, 4), got {shape!r}.")
     if not all(n == WHOLE or n >= 1 for n in shape):
         raise ValueError(f"shape must hold positive numbers, or -1 for a whole axis, got {shape!r}.")
-    return Blocks(shape, reduce_weights, reduce_grads)
+    return Blocks(shape, reduce_weights, reduce_grads, balanced)
 
 
 def output_channels() -> Blocks:
     """Channel sparsity, for ``sparsify(..., pattern=)``: whole output channels are active or inactive.
 
-    A channel is everything that feeds one output: a slice of the last axis of a kernel in Flax's layout. It is
-    `blocks` in which every axis but the last is whole.
+    A channel is everything that feeds one output of a layer (see `Axes`): in Flax's layout a slice of the last axis of
+    a kernel. It is `blocks` in which every axis of a layer but the last is whole.
 
     Returns:
         A pattern for `agent_optax.sparsify`.
@@ -97,57 +108,123 @@ class Blocks(Pattern):
     shape: tuple[int, ...]
     reduce_weights: Reduce = root_mean_square
     reduce_grads: Reduce = root_mean_square
+    balanced: bool = False
+    ablation: float | None = None
     has_blocks = True
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether each column keeps its number."""
+        return self.balanced
+
+    @property
+    def keeps_counts(self) -> bool:
+        """What an ablated column had is shared among the others, to the nearest whole number."""
+        return self.ablation is None
+
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a block in a leaf of this shape."""
+        """The shape of a block in a layer of this shape."""
         padded = (1,) * (len(shape) - len(self.shape)) + self.shape[-len(shape) :]
         return tuple(n if b == WHOLE else b for n, b in zip(shape, padded, strict=True))
 
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many blocks lie along each axis."""
+        return tuple(-(-n // b) for n, b in zip(shape, self.block(shape), strict=True))
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Blocks tile the leaf."""
-        block = self.block(shape)
-        if any(n % b for n, b in zip(shape, block, strict=True)):
+        """Balanced blocks need inputs and outputs."""
+        if self.balanced and len(shape) < 2:
             raise ValueError(
-                f"pattern=blocks({self.shape}) does not tile {name} of shape {tuple(shape)}: each number must divide "
-                "its axis. Leave the leaf out with where=, or give patterns leaf by leaf with a callable on the path."
+                f"pattern={self} needs layers with inputs and outputs, but {name} has the shape {tuple(shape)}: leave "
+                "it out with where=, or give patterns leaf by leaf with a callable on the path."
             )
 
     def unit_size(self, shape: tuple[int, ...]) -> int:
-        """Entries of a block."""
+        """Entries of a block that is not at the end of an axis."""
         return math.prod(self.block(shape))
 
-    def random_mask(self, count: int, like: jax.Array, key: jax.Array) -> jax.Array:
-        """That many entries in random blocks."""
-        grid = self._tiled(jnp.zeros_like(like, dtype=bool)).any(self._axes(like.ndim))
-        return self.entries(select(random_scores(key, grid), count // self.unit_size(like.shape)), like)
+    def num_units(self, shape: tuple[int, ...]) -> int:
+        """Blocks of a layer."""
+        return math.prod(self.grid(shape))
+
+    def step(self, shape: tuple[int, ...]) -> int:
+        """A block, or one for each column."""
+        return self.grid(shape)[-1] if self.balanced else 1
+
+    def count(self, shape: tuple[int, ...], density: float) -> int:
+        """Active blocks; balanced, at least one in each column."""
+        step = self.step(shape)
+        number = round(density * (self.num_units(shape) // step))
+        return max(number, int(self.balanced)) * step
+
+    def num_entries(self, shape: tuple[int, ...], number: int) -> int | None:
+        """Blocks of which some are smaller hold the same number in each column, if those are the last columns."""
+        *is_padded, _ = [n % b > 0 for n, b in zip(shape, self.block(shape), strict=True)]
+        if not shape[-1] % self.block(shape)[-1] and not any(is_padded):
+            return number * self.unit_size(shape)
+        if not self.balanced or any(is_padded):
+            return None
+        *inputs, _ = self.block(shape)
+        return number // self.grid(shape)[-1] * math.prod(inputs) * shape[-1]
+
+    def random_mask(self, number: int, like: jax.Array, key: jax.Array) -> jax.Array:
+        """That many random blocks."""
+        scores = random_scores(key, self._tiled(jnp.zeros_like(like, dtype=bool)).any(self._axes(like.ndim)))
+        if not self.balanced:
+            return self.entries(select(scores, number), like)
+        return self.entries(Columns().best(scores, jnp.zeros_like(scores, dtype=bool), number), like)
 
     def allows(self, mask: jax.Array) -> jax.Array:
-        """Whether each block is all active or all inactive."""
-        tiled, axes = self._tiled(mask), self._axes(mask.ndim)
-        return jnp.all(tiled.any(axes) == tiled.all(axes))
+        """Whether each block is all active or all inactive, and columns hold the same number."""
+        blocks = self._tiled(mask).any(self._axes(mask.ndim))
+        is_whole = jnp.all(self.entries(blocks, mask) == mask)
+        return is_whole & Columns(self.ablation).hold(blocks) if self.balanced else is_whole
 
     def units(self, layer: Layer) -> Layer:
         """One weight, gradient and bit a block."""
-        axes = self._axes(layer.mask.ndim)
-        pool = lambda reduce, x: None if x is None else reduce(self._tiled(x), axes)  # noqa: E731
+        shape = layer.mask.shape
+        fixed = self.num_entries(shape, self.num_units(shape))
+        layer = layer._replace(
+            groups=Columns(self.ablation) if self.balanced else None,
+            count=None if layer.count is None or fixed is None else layer.count * self.num_units(shape) // fixed,
+        )
+        if self.unit_size(shape) == 1:
+            return layer
         return layer._replace(
-            weights=pool(self.reduce_weights, layer.weights),
-            mask=pool(jnp.any, layer.mask),
-            grads=pool(self.reduce_grads, layer.grads),
-            ever_active=pool(jnp.any, layer.ever_active),
-            momentum=pool(self.reduce_grads, layer.momentum),
-            count=None if layer.count is None else layer.count // self.unit_size(layer.mask.shape),
+            weights=self._pooled(self.reduce_weights, layer.weights),
+            mask=self._pooled(jnp.any, layer.mask),
+            grads=self._pooled(self.reduce_grads, layer.grads),
+            ever_active=self._pooled(jnp.any, layer.ever_active),
+            momentum=self._pooled(self.reduce_grads, layer.momentum),
         )
 
     def entries(self, mask: jax.Array, like: jax.Array) -> jax.Array:
         """Each entry as its block."""
-        tiled = self._tiled(jnp.zeros_like(like, dtype=bool))
-        return join_axes(tiled | jnp.expand_dims(mask, self._axes(like.ndim)), like)
+        tiled = self._tiled(jnp.zeros_like(like, dtype=bool)) | jnp.expand_dims(mask, self._axes(like.ndim))
+        if all(n % b == 0 for n, b in zip(like.shape, self.block(like.shape), strict=True)):
+            return join_axes(tiled, like)
+        whole = tiled.reshape([n * b for n, b in zip(mask.shape, self.block(like.shape), strict=True)])
+        return whole[tuple(slice(n) for n in like.shape)]
+
+    def _pooled(self, reduce: Reduce, x: Any) -> Any:
+        if x is None:
+            return None
+        axes = self._axes(x.ndim)
+        pooled = reduce(self._tiled(x), axes)
+        if reduce is not root_mean_square:
+            return pooled
+        for axis, (n, b) in enumerate(zip(x.shape, self.block(x.shape), strict=True)):
+            if n % b:  # the mean at the end of the axis is over n % b of b
+                place = jax.lax.broadcasted_iota(jnp.int32, pooled.shape, axis)
+                pooled = jnp.where(place < n // b, pooled, pooled * jnp.asarray((b / (n % b)) ** 0.5, pooled.dtype))
+        return pooled
 
     def _tiled(self, x: jax.Array) -> jax.Array:
-        """[n0/b0, b0, n1/b1, b1, ...]."""
+        """[n0/b0, b0, n1/b1, b1, ...], with zeros where blocks at the end are smaller."""
         for axis, b in reversed(list(enumerate(self.block(x.shape)))):
+            if x.shape[axis] % b:
+                widths = [(0, -n % b if i == axis else 0) for i, n in enumerate(x.shape)]
+                x = jnp.pad(whole_axis(x, axis), widths)
             x = split_axis(x, axis, b)
         return x
 

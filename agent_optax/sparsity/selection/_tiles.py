@@ -48,6 +48,45 @@ def merge_last_axes(x: jax.Array) -> jax.Array:
     return x.reshape(shape) if spec is None else jax.lax.reshape(x, shape, out_sharding=_like(x, spec[:-1]))
 
 
+def merge_axes(x: jax.Array, first: int, number: int) -> jax.Array:
+    """`number` axes from `first` on as one, laid out as the first of them; the others are gathered."""
+    if number == 1:
+        return x
+    shape = (*x.shape[:first], math.prod(x.shape[first : first + number]), *x.shape[first + number :])
+    spec = _explicit_spec(x)
+    if spec is None:
+        return x.reshape(shape)
+    for axis in range(first + 1, first + number):
+        x = whole_axis(x, axis)
+    return jax.lax.reshape(x, shape, out_sharding=_like(x, (*spec[: first + 1], *spec[first + number :])))
+
+
+def split_merged(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> jax.Array:
+    """The inverse of `merge_axes`: the first of the axes is laid out as all of them were, the others are whole."""
+    if len(sizes) == 1:
+        return x
+    shape = (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+    spec = _explicit_spec(x)
+    if spec is None:
+        return x.reshape(shape)
+    spec = (*spec[: axis + 1], *(None,) * (len(sizes) - 1), *spec[axis + 1 :])
+    return jax.lax.reshape(x, shape, out_sharding=_like(x, spec))
+
+
+def whole_axis(x: jax.Array, axis: int) -> jax.Array:
+    """With explicit sharding, gathered along an axis."""
+    spec = _explicit_spec(x)
+    if spec is None or spec[axis] is None:
+        return x
+    return jax.sharding.reshard(x, _like(x, (*spec[:axis], None, *spec[axis + 1 :])))
+
+
+def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """With explicit sharding, over the devices as `like` is."""
+    spec = _explicit_spec(like)
+    return x if spec is None or spec == _explicit_spec(x) else jax.sharding.reshard(x, _like(like, spec))
+
+
 def explicit_parts(x: jax.Array) -> tuple[int, ...]:
     """Into how many parts each axis is split over devices, as far as the type of the array tells."""
     spec = _explicit_spec(x)

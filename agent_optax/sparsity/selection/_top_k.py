@@ -176,18 +176,16 @@ def _kth_largest(ranks: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, j
 
 def _first(tied: jax.Array, n: jax.Array) -> jax.Array:
     """A mask of the flat positions up to the n-th True of `tied`; everything when n is all of them."""
+    bits = max(tied.size - 1, 1).bit_length()
+    takes_all = num_true(tied) == n
 
-    def cut(_):
-        bits = max(tied.size - 1, 1).bit_length()
+    def body(i, last):  # the largest position with fewer than n ties before it
+        candidate = last | (1 << (bits - 1 - i))
+        return jnp.where(num_true(tied & _is_before(candidate, tied.shape)) < n, candidate, last)
 
-        def body(i, last):  # the largest position with fewer than n ties before it
-            candidate = last | (1 << (bits - 1 - i))
-            return jnp.where(num_true(tied & _is_before(candidate, tied.shape)) < n, candidate, last)
-
-        return jax.lax.fori_loop(0, bits, body, jnp.zeros_like(n))
-
-    last = jax.lax.cond(num_true(tied) == n, lambda _: jnp.zeros_like(n) + tied.size, cut, None)
-    return _is_before(last + 1, tied.shape) & (n > 0)
+    # No iteration, rather than a conditional: under jax.vmap that would compute both branches for every array.
+    last = jax.lax.fori_loop(0, jnp.where(takes_all, 0, bits), body, jnp.zeros_like(n))
+    return _is_before(jnp.where(takes_all, tied.size, last + 1), tied.shape) & (n > 0)
 
 
 def _is_before(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:

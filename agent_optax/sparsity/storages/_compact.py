@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._rewiring import when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
@@ -58,6 +60,7 @@ class Compact(Storage):
         """The positions of the masks, and the initial state of their entries."""
         del key
         pruned = optimizer.pruned_leaves(params, start.masks)
+        _check_counts(pruned, jax.tree.structure(params).flatten_up_to(start.counts))
         warn_if_gathered(params, pruned)
         packed = jax.tree.map(lambda mask: pack_bits(mask, parts_of(mask)), start.masks)
 
@@ -135,6 +138,22 @@ class Compact(Storage):
             return isinstance(node, EntryUpdates)
 
         return jax.tree.map(lambda u: SparseUpdate(u) if is_entries(u) else u, updates, is_leaf=is_entries)
+
+
+def _check_counts(pruned: Sequence[PrunedLeaf], counts: Sequence[Any]) -> None:
+    """Raises ValueError where a pattern does not fix the number of active weights."""
+    for leaf in pruned:
+        if counts[leaf.index] is None:
+            raise ValueError(
+                f"storage='compact' fixes the number of active weights, and with pattern={leaf.pattern} that of "
+                f"{leaf.name}, of shape {leaf.shape}, depends on which blocks are active, because those at the end of "
+                "an axis are smaller: use blocks that divide their axes, or storage='dense'."
+            )
+        if not leaf.pattern.keeps_counts:
+            raise ValueError(
+                f"storage='compact' fixes the number of active weights, and ablation in pattern={leaf.pattern} changes "
+                f"that of {leaf.name}: use storage='dense'."
+            )
 
 
 def _copies(indices: Any, step: jax.Array) -> Any:

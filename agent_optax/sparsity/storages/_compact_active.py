@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 
 from agent_optax._tree import is_masked
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._state import large_total
 from agent_optax.sparsity._storage import ActiveWeights
 from agent_optax.sparsity.inner._like_params import map_like_params

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._where import is_function
 from agent_optax.sparsity.inner._like_params import likely_extra_args, map_like_params, split_args
 from agent_optax.sparsity.inner._same_program import first_difference

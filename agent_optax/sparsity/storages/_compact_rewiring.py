@@ -12,8 +12,9 @@ import optax
 from agent_optax._tree import is_masked, updated
 from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer
-from agent_optax.sparsity._rewiring import Changes, LayerStorage, all_finite, rewired
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._rewiring import Changes, LeafStorage, all_finite, rewired
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity.inner._state_arrays import NO_LEAF, leaf_of_each_state
 from agent_optax.sparsity.selection._top_k import num_true
@@ -159,4 +160,4 @@ def _keep(stored: StoredLayer) -> ChangedLayer:
     )
 
 
-_LAYERS = LayerStorage(_see, _change, _keep)
+_LAYERS = LeafStorage(_see, _change, _keep)

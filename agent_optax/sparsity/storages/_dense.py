@@ -11,16 +11,17 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._layer import Layer
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._rewiring import (
     Changes,
-    LayerStorage,
+    LeafStorage,
     all_finite,
     corrected_grads,
     num_nonzero_inactive,
     rewired,
     when,
 )
-from agent_optax.sparsity._sparse_optimizer import PrunedLeaf, SparseOptimizer
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
 from agent_optax.sparsity._state import SparsifyState, apply_masks, large_total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
@@ -220,4 +221,4 @@ def _bit(mask: jax.Array, bit: int) -> jax.Array:
     return jnp.where(mask, jnp.uint8(bit), jnp.uint8(0))
 
 
-_LAYERS = LayerStorage(_see, _change, _keep)
+_LAYERS = LeafStorage(_see, _change, _keep)

@@ -182,11 +182,12 @@ class DropAndGrow(Topology):
         drop_key, grow_key = jax.random.split(key)
         num_active = num_true(layer.mask) if layer.count is None else jnp.asarray(layer.count, jnp.int32)
         n = num_dropped(fraction, num_active)
-        kept = select(self.drop(layer, drop_key), num_active - n, candidates=layer.mask)
+        drop_scores = self.drop(layer, drop_key)
+        kept = select(drop_scores, num_active - n, candidates=layer.mask)
         # Weights dropped just now are candidates for growth: grown again, they keep their value.
         scores = self.grow(layer, grow_key)
         if layer.groups is not None:
-            return layer.groups.filled(scores, kept)
+            return layer.groups.best(scores, kept, num_active, drop_scores)
         return kept | select(scores, n, candidates=~kept)
 
     def rewire(

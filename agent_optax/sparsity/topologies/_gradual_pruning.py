@@ -119,9 +119,10 @@ class GradualPruning(Topology):
 
     def init(self, params: optax.Params, masks: Any, targets: Sequence[Target]) -> GradualPruningState:
         """The start is what the masks say."""
+        del masks
         real = statistics_dtype(params)
         final = [0.0 if target.density is None else 1 - target.density for target in targets]
-        start = [1 - jnp.sum(mask, dtype=jnp.int32) / mask.size for mask in jax.tree.leaves(masks)]
+        start = [1 - target.num_start / target.num_units for target in targets]
         return GradualPruningState(
             start_sparsity=jnp.asarray(start, real),
             final_sparsity=jnp.asarray(final, real),
@@ -136,7 +137,7 @@ class GradualPruning(Topology):
         self, layers: Sequence[Layer], state: GradualPruningState, step: jax.Array, key: jax.Array
     ) -> tuple[list[jax.Array], GradualPruningState]:
         """Prunes, then replaces."""
-        masks = self._pruned(layers, self._targets(layers, state, step), is_last=step >= self.end)
+        masks = self._pruned(layers, self._targets(layers, state, step), state.final_active, is_last=step >= self.end)
         if not (is_concrete_number(self.drop_fraction) and self.drop_fraction == 0):
             fraction = jnp.where(step < self.end, fraction_at(self.drop_fraction, step), 0)
             keys = jax.random.split(key, max(len(layers), 1))
@@ -159,17 +160,20 @@ class GradualPruning(Topology):
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
         return jnp.where(step >= self.end, state.final_active, tolerant_ceil((1 - sparsity) * sizes.astype(real)))
 
-    def _pruned(self, layers: Sequence[Layer], targets: jax.Array, is_last: jax.Array) -> list[jax.Array]:
+    def _pruned(
+        self, layers: Sequence[Layer], targets: jax.Array, final_active: jax.Array, is_last: jax.Array
+    ) -> list[jax.Array]:
         """The masks of the weights of largest magnitude; the best of each group are safe, and all that is left at last.
 
         At last a group that has too few left is filled up: regrowth may have taken some.
         """
-        masks = self._largest([_magnitude(layer) for layer in layers], layers, targets)
+        scores = [_magnitude(layer, number) for layer, number in zip(layers, final_active, strict=True)]
+        masks = self._largest(scores, layers, targets)
         return [
             mask
             if layer.groups is None
-            else jnp.where(is_last, layer.groups.best(jnp.abs(layer.weights), first=layer.mask), mask)
-            for mask, layer in zip(masks, layers, strict=True)
+            else jnp.where(is_last, layer.groups.best(jnp.abs(layer.weights), layer.mask, number), mask)
+            for mask, layer, number in zip(masks, layers, final_active, strict=True)
         ]
 
     def _largest(self, scores: Sequence[jax.Array], layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
@@ -186,8 +190,8 @@ class GradualPruning(Topology):
         return map_layers(largest, [None] * len(pairs), pairs, jnp.minimum(targets, active))[0]
 
 
-def _magnitude(layer: Layer) -> jax.Array:
+def _magnitude(layer: Layer, final_active: jax.Array) -> jax.Array:
     score = jnp.abs(layer.weights)
     if layer.groups is None:
         return score
-    return jnp.where(layer.groups.best(score, first=jnp.zeros_like(layer.mask)), jnp.inf, score)
+    return jnp.where(layer.groups.best(score, jnp.zeros_like(layer.mask), final_active), jnp.inf, score)

@@ -1,0 +1,59 @@
+"""The same number of active units in each output: constant fan-in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from agent_optax.sparsity._groups import Groups
+from agent_optax.sparsity.selection._tiles import join_axes, merge_axes
+from agent_optax.sparsity.selection._top_k import num_true, select
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Columns(Groups):
+    """As many active units in each column as in any other: a column is all that feeds one output, or group of outputs.
+
+    With `ablation`, a column with few salient units loses all of them, and the others share what it had.
+    """
+
+    ablation: float | None = None
+
+    @functools.partial(jax.jit, inline=True)
+    def best(
+        self,
+        scores: jax.Array,
+        first: jax.Array,
+        number: int | jax.Array,
+        first_scores: jax.Array | None = None,
+    ) -> jax.Array:
+        """K units of each column: those of `first`, then by falling score."""
+        number = jnp.asarray(number, jnp.int32)
+        matrix, first_matrix = merge_axes(scores, 0, scores.ndim - 1), merge_axes(first, 0, first.ndim - 1)
+        ranked = matrix if first_scores is None else merge_axes(first_scores, 0, scores.ndim - 1)
+        size, num_columns = matrix.shape
+        columns = jnp.zeros_like(first_matrix[0], dtype=jnp.int32)
+        if self.ablation is None:
+            quota = columns + number // num_columns
+        else:
+            num_first = jnp.minimum(num_true(first_matrix), number)
+            is_salient = select(ranked, num_first, first_matrix) | select(matrix, number - num_first, ~first_matrix)
+            num_salient = jnp.sum(is_salient, axis=0, dtype=jnp.int32)
+            least = jnp.maximum(jnp.ceil(self.ablation * (number // num_columns)).astype(jnp.int32), 1)
+            alive = num_salient >= jnp.minimum(least, jnp.max(num_salient))
+            num_alive = num_true(alive)
+            quota = jnp.where(alive, jnp.clip((number + num_alive // 2) // num_alive, 1, size), 0)
+        of_columns = jax.vmap(select, in_axes=(1, 0, 1), out_axes=1)
+        kept = of_columns(ranked, jnp.minimum(quota, jnp.sum(first_matrix, axis=0, dtype=jnp.int32)), first_matrix)
+        missing = quota - jnp.sum(kept, axis=0, dtype=jnp.int32)
+        return join_axes(kept | of_columns(matrix, missing, ~first_matrix), first)
+
+    def hold(self, mask: jax.Array) -> jax.Array:
+        """Whether all columns have the same number, or with ablation none."""
+        numbers = jnp.sum(merge_axes(mask, 0, mask.ndim - 1), axis=0, dtype=jnp.int32)
+        is_same = numbers == jnp.max(numbers, initial=0)
+        return jnp.all(is_same if self.ablation is None else is_same | (numbers == 0))
