@@ -12,15 +12,17 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.analysis._forward_flops import forward_flops
+from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves, check_axes
 from agent_optax.sparsity._masks import active_masks
 from agent_optax.sparsity._state import find_sparsify
-from agent_optax.sparsity._where import given_masks, path_name
+from agent_optax.sparsity._where import given_masks, leaf_names, path_name
+from agent_optax.sparsity.storages._compact_active import unpack_bits
 
 
 class LayerSummary(NamedTuple):
-    """One parameter in a `SparsitySummary`, or several together."""
+    """One parameter in a `SparsitySummary`, a layer of a pruned one that is a stack of them, or several together."""
 
-    name: str  # its path, such as "Dense_0/kernel"
+    name: str  # its path, such as "Dense_0/kernel", with a number for a layer of a stack
     shape: tuple[int, ...]
     num_weights: int
     num_active: int
@@ -66,8 +68,9 @@ def sparsity_summary(
     masks: Any = None,
     apply_fn: Callable[..., Any] | None = None,
     example_inputs: Sequence[Any] = (),
+    axes: AxesChoice = None,
 ) -> SparsitySummary:
-    r"""Summarises layer by layer how sparse a network is, and what a forward pass costs.
+    r"""Summarizes layer by layer how sparse a network is, and what a forward pass costs.
 
     .. math::
         d_l = \frac{\text{active}_l}{n_l}, \qquad
@@ -86,6 +89,8 @@ def sparsity_summary(
         apply_fn: ``apply_fn(params, *example_inputs) -> outputs``, the model. Default None: no FLOPs.
         example_inputs: a sequence of its inputs, arrays or `jax.ShapeDtypeStruct`; a batch of one gives the cost of
             one sample.
+        axes: what the axes of leaves are, as for `agent_optax.sparsify`: each layer of a stack has a row of its own.
+            Default None: by the conventions of Flax.
 
     Returns:
         A `SparsitySummary`; print it.
@@ -123,10 +128,10 @@ def sparsity_summary(
             f"example_inputs= needs apply_fn=, got {len(example_inputs)} inputs without it: pass "
             "apply_fn=lambda params, x: ..., the model."
         )
-    named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    treedef = jax.tree.structure(params)
-    active: list[Any] = [None] * len(named)
-    ever: list[int | None] = [None] * len(named)
+    check_axes(axes)
+    leaves, treedef = jax.tree.flatten(params)
+    active: list[Any] = [None] * len(leaves)
+    ever: list[Any] = [None] * len(leaves)
     if opt_state is not None:
         active = treedef.flatten_up_to(active_masks(opt_state, params))
         ever = _ever_active(opt_state, treedef, active)
@@ -137,14 +142,32 @@ def sparsity_summary(
         counted = forward_flops(apply_fn, params, *example_inputs)
         flops, other = jax.tree.leaves(counted.per_leaf), counted.other
 
-    layers = []
-    for i, (name, leaf) in enumerate(named):
-        num_weights = math.prod(jnp.shape(leaf))
-        num_active = num_weights if active[i] is None else int(jnp.sum(active[i], dtype=jnp.int32))
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    all_axes = axes_of_leaves(axes, leaf_names(params), shapes)
+    layers, pruned = [], []
+    for i, (name, shape, (own, _)) in enumerate(zip(names, shapes, all_axes, strict=True)):
         dense = None if flops is None else flops[i]
-        sparse = None if dense is None else round(dense * num_active / max(num_weights, 1))
-        layers.append(LayerSummary(name, jnp.shape(leaf), num_weights, num_active, ever[i], dense, sparse))
-    pruned = [layer for layer, mask in zip(layers, active, strict=True) if mask is not None]
+        if active[i] is None:
+            size = math.prod(shape)
+            layers.append(LayerSummary(name, shape, size, size, None, dense, dense))
+            continue
+        own_ever = None if ever[i] is None else own.unstacked(ever[i])
+        for k, mask in enumerate(own.unstacked(jnp.asarray(active[i]))):
+            num_active = int(jnp.sum(mask, dtype=jnp.int32))
+            of_layer = None if dense is None else round(dense / own.num_layers(shape))
+            pruned.append(
+                LayerSummary(
+                    name=f"{name}[{k}]" if own.stack else name,
+                    shape=tuple(n for axis, n in enumerate(shape) if axis not in own.stack),
+                    num_weights=mask.size,
+                    num_active=num_active,
+                    num_ever_active=None if own_ever is None else int(jnp.sum(own_ever[k], dtype=jnp.int32)),
+                    flops=of_layer,
+                    sparse_flops=None if of_layer is None else round(of_layer * num_active / max(mask.size, 1)),
+                )
+            )
+            layers.append(pruned[-1])
     return SparsitySummary(
         layers=tuple(layers),
         pruned=_together("pruned", pruned) if pruned else None,
@@ -153,21 +176,20 @@ def sparsity_summary(
     )
 
 
-def _ever_active(opt_state: optax.OptState, treedef: Any, active: list[Any]) -> list[int | None]:
-    """For each leaf the number of weights that were ever active; None where nothing is pruned."""
-    numbers = treedef.unflatten([None if mask is None else int(jnp.sum(mask, dtype=jnp.int32)) for mask in active])
+def _ever_active(opt_state: optax.OptState, treedef: Any, active: list[Any]) -> list[Any]:
+    """For each leaf a mask of the weights that were ever active; None where nothing is pruned."""
+    masks = treedef.unflatten(active)
 
-    def counted(record: Any, number: Any) -> Any:
+    def recorded(record: Any, mask: Any) -> Any:
         if is_masked(record):  # not pruned, or hidden by optax.masked or optax.partition with all below it
-            return number
-        bits = jax.lax.population_count(record) if record.dtype == jnp.uint8 else record  # packed in compact storage
-        return int(jnp.sum(bits, dtype=jnp.int32))
+            return mask
+        return unpack_bits(record, mask) if record.dtype == jnp.uint8 else record  # packed in compact storage
 
     for state in find_sparsify(opt_state):
         kept = state.active_weights.ever_active
         if kept is not None:  # None: a static topology, where what is active always was
-            numbers = jax.tree.map(counted, kept, numbers, is_leaf=is_masked)
-    return treedef.flatten_up_to(numbers)
+            masks = jax.tree.map(recorded, kept, masks, is_leaf=is_masked)
+    return treedef.flatten_up_to(masks)
 
 
 def _together(name: str, layers: Sequence[LayerSummary], other_flops: int | None = None) -> LayerSummary:

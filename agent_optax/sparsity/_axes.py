@@ -115,7 +115,7 @@ class Axes:
         """Each layer of a leaf, with all of its arrays."""
         if not self.stack:
             return [with_arrays(self.as_layers, leaf)]
-        layers = with_arrays(lambda x: whole_axis(self.as_layers(x), 0), leaf._replace(count=None))
+        layers = self._whole_layers(leaf)
         return [with_arrays(lambda x, i=i: x[i], layers) for i in range(layers.mask.shape[0])]
 
     def restacked(self, layers: Sequence[jax.Array], like: jax.Array) -> jax.Array:
@@ -127,13 +127,20 @@ class Axes:
     ) -> jax.Array:
         """``function(layer, key)`` of each layer of a leaf, together as a leaf again.
 
-        All at once, by `jax.vmap`: layers that lie on different devices stay there.
+        All layers at once, by `jax.vmap`. Where explicit sharding splits the stack over devices it is gathered for it:
+        JAX cannot map loops over an axis that is split.
         """
-        layers = with_arrays(self.as_layers, leaf)
         if not self.stack:
-            return self.as_leaf(function(layers, key), like)
-        keys = jax.random.split(key, self.num_layers(like.shape))
-        return self.as_leaf(jax.vmap(function)(layers._replace(count=None), keys), like)
+            return self.as_leaf(function(with_arrays(self.as_layers, leaf), key), like)
+        layers = self._whole_layers(leaf)
+
+        def of_layer(layer: Layer, i: jax.Array) -> jax.Array:
+            return function(layer, jax.random.fold_in(key, i))
+
+        return self.as_leaf(jax.vmap(of_layer)(layers, jnp.arange(layers.mask.shape[0], dtype=jnp.int32)), like)
+
+    def _whole_layers(self, leaf: Layer) -> Layer:
+        return with_arrays(lambda x: whole_axis(self.as_layers(x), 0), leaf._replace(count=None))
 
     def _roles(self) -> tuple[tuple[int, ...], ...]:
         return self.stack, self.spatial, self.inputs, self.outputs

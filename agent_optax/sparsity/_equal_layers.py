@@ -74,4 +74,4 @@ def _indices(number: int, stacked: Any) -> list[jax.Array]:
     smallest = min(jax.tree.leaves(stacked), key=lambda leaf: leaf.size)
     if not smallest.size:
         return numbers()
-    return jax.lax.cond(smallest[(0,) * smallest.ndim] != 0, numbers, numbers)
+    return jax.lax.cond(jnp.any(_row(jnp.asarray(0), smallest) != 0), numbers, numbers)

@@ -82,9 +82,11 @@ def _random_mask(
 
         blank = jnp.zeros_like(like, dtype=bool)
         return axes.map_layers(random_mask, Layer(like, blank, like, None), key, like), ()
-    keys = jax.random.split(key, len(numbers))
-    layers = zip(numbers, axes.unstacked(like), keys, strict=True)
-    return axes.restacked([pattern.random_mask(number, layer, k) for number, layer, k in layers], like), ()
+    masks = [
+        pattern.random_mask(number, layer, jax.random.fold_in(key, i))
+        for i, (number, layer) in enumerate(zip(numbers, axes.unstacked(like), strict=True))
+    ]
+    return axes.restacked(masks, like), ()
 
 
 def given_start(

@@ -33,11 +33,12 @@ class Method:
     batch_multiple: int = 1
     epoch_multiple: int = 1  # trains so many times as long, and its accuracy is read off as often as that of the others
     storage: Literal["dense", "compact"] = "compact"
+    pattern: agent_optax.typing.Pattern | None = None  # which masks are allowed
 
     def optimizer(self, setting: Setting, key: Any, masks: Any = None) -> optax.GradientTransformationExtraArgs:
         """The sparse optimizer, scheduled over the epochs that this method runs."""
         own = dataclasses.replace(setting, epochs=setting.epochs * self.epoch_multiple)
-        return own.sparsified(self.inner(own), key, masks, self.storage)
+        return own.sparsified(self.inner(own), key, masks, self.storage, self.pattern)
 
     def evaluations(self, setting: Setting) -> float:
         """Gradient evaluations in an epoch, in units of the training set, when no refresh is left out."""
@@ -200,6 +201,19 @@ METHODS: dict[str, Method] = {
     "gradient regression by position": _snapshot_method(_by_position),
     "cached, by position": _cached_method(_by_position),
     "bias-aware regression": _snapshot_method(_bias_aware, storage="dense"),
+    # Constant fan-in.
+    **{
+        f"{name}, {label}": dataclasses.replace(method, pattern=pattern, storage=storage)
+        for label, pattern, storage in (
+            ("fan-in", agent_optax.fan_in(), "compact"),
+            ("fan-in of 4 together", agent_optax.fan_in(group=4), "compact"),
+            ("fan-in of 10 together", agent_optax.fan_in(group=10), "compact"),
+            ("fan-in, ablation 0.3", agent_optax.fan_in(ablation=0.3), "dense"),
+            ("fan-in, ablation 0.7", agent_optax.fan_in(ablation=0.7), "dense"),
+            ("fan-in, ablation 1", agent_optax.fan_in(ablation=1.0), "dense"),
+        )
+        for name, method in (("SGD", Method(_sgd)), ("gradient regression", _snapshot_method(regression())))
+    },
     # Under attack.
     "gradient regression, attacked mean": _snapshot_method(regression(), attacks_refresh=True),
 }

@@ -72,6 +72,7 @@ class Setting:
         key: Any,
         masks: Any = None,
         storage: Literal["dense", "compact"] = "dense",
+        pattern: agent_optax.typing.Pattern | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """One topology update an epoch, in its middle, so that weights have settled when accuracy is measured."""
         interval = self.steps_an_epoch
@@ -84,4 +85,6 @@ class Setting:
             "rigl": lambda: agent_optax.rigl(drop_fraction=schedule, **times),
             "static": agent_optax.static,
         }[self.topology]()
-        return agent_optax.sparsify(inner, topology, sparsity=self.sparsity, key=key, masks=masks, storage=storage)
+        return agent_optax.sparsify(
+            inner, topology, sparsity=self.sparsity, key=key, masks=masks, storage=storage, pattern=pattern
+        )

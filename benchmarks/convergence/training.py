@@ -81,19 +81,19 @@ def _on_device(*subset: Any) -> tuple[jax.Array, ...]:
 
 
 @functools.cache
-def _sparse_start(setting: Setting, seed: int) -> tuple[Any, Any, jax.Array]:
-    """Parameters and masks, the same for all methods, and the key of the topology."""
-    return _compiled_start(setting)(jax.random.key(seed))
+def _sparse_start(setting: Setting, pattern: Any, seed: int) -> tuple[Any, Any, jax.Array]:
+    """Parameters and masks, the same for all methods of a pattern, and the key of the topology."""
+    return _compiled_start(setting, pattern)(jax.random.key(seed))
 
 
 @functools.cache
-def _compiled_start(setting: Setting) -> Any:
+def _compiled_start(setting: Setting, pattern: Any) -> Any:
     num_inputs = setting.images.train_images.shape[1]
 
     def start(key: jax.Array) -> tuple[Any, Any, jax.Array]:
         params_key, topology_key = jax.random.split(key)
         params = network.init_params(params_key, num_inputs, setting.hidden)
-        opt_state = setting.sparsified(optax.identity(), topology_key).init(params)
+        opt_state = setting.sparsified(optax.identity(), topology_key, pattern=pattern).init(params)
         masks = agent_optax.active_masks(opt_state, params)
         return network.sparse_start(params, masks), masks, topology_key
 
@@ -101,7 +101,7 @@ def _compiled_start(setting: Setting) -> Any:
 
 
 def _start(method: Method, setting: Setting, seed: int) -> tuple[Any, optax.OptState]:
-    params, masks, key = _sparse_start(setting, seed)
+    params, masks, key = _sparse_start(setting, method.pattern, seed)
     return jax.tree.map(jnp.copy, params), method.optimizer(setting, key, masks).init(params)
 
 

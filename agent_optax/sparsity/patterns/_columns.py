@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from agent_optax.sparsity._groups import Groups
-from agent_optax.sparsity.selection._tiles import join_axes, merge_axes
+from agent_optax.sparsity.selection._tiles import laid_out_as, merge_axes, split_merged, whole_axis
 from agent_optax.sparsity.selection._top_k import num_true, select
 
 
@@ -33,12 +33,11 @@ class Columns(Groups):
     ) -> jax.Array:
         """K units of each column: those of `first`, then by falling score."""
         number = jnp.asarray(number, jnp.int32)
-        matrix, first_matrix = merge_axes(scores, 0, scores.ndim - 1), merge_axes(first, 0, first.ndim - 1)
-        ranked = matrix if first_scores is None else merge_axes(first_scores, 0, scores.ndim - 1)
+        matrix, first_matrix = _matrix(scores), _matrix(first)
+        ranked = matrix if first_scores is None else _matrix(first_scores)
         size, num_columns = matrix.shape
-        columns = jnp.zeros_like(first_matrix[0], dtype=jnp.int32)
         if self.ablation is None:
-            quota = columns + number // num_columns
+            quota = jnp.full(num_columns, number // num_columns)
         else:
             num_first = jnp.minimum(num_true(first_matrix), number)
             is_salient = select(ranked, num_first, first_matrix) | select(matrix, number - num_first, ~first_matrix)
@@ -50,10 +49,16 @@ class Columns(Groups):
         of_columns = jax.vmap(select, in_axes=(1, 0, 1), out_axes=1)
         kept = of_columns(ranked, jnp.minimum(quota, jnp.sum(first_matrix, axis=0, dtype=jnp.int32)), first_matrix)
         missing = quota - jnp.sum(kept, axis=0, dtype=jnp.int32)
-        return join_axes(kept | of_columns(matrix, missing, ~first_matrix), first)
+        mask = kept | of_columns(matrix, missing, ~first_matrix)
+        return laid_out_as(split_merged(mask, 0, first.shape[:-1]), first)
 
     def hold(self, mask: jax.Array) -> jax.Array:
         """Whether all columns have the same number, or with ablation none."""
-        numbers = jnp.sum(merge_axes(mask, 0, mask.ndim - 1), axis=0, dtype=jnp.int32)
+        numbers = jnp.sum(_matrix(mask), axis=0, dtype=jnp.int32)
         is_same = numbers == jnp.max(numbers, initial=0)
         return jnp.all(is_same if self.ablation is None else is_same | (numbers == 0))
+
+
+def _matrix(layer: jax.Array) -> jax.Array:
+    """[inputs, outputs], whole along the outputs: with explicit sharding JAX cannot map loops over a split axis."""
+    return whole_axis(merge_axes(layer, 0, layer.ndim - 1), 1)

@@ -10,6 +10,7 @@ from convergence.suites.baselines import BASELINES
 from convergence.suites.budgets import BUDGETS
 from convergence.suites.epochs_to_accuracy import EPOCHS_TO_ACCURACY
 from convergence.suites.equal_evaluations import EQUAL_EVALUATIONS
+from convergence.suites.patterns import PATTERNS
 from convergence.suites.r9 import R9
 from convergence.suites.tuning import TUNING
 from convergence.suites.variance_and_correlation import VARIANCE_AND_CORRELATION
@@ -26,6 +27,7 @@ SUITES: dict[str, Suite] = {
         VARIANCE_AND_CORRELATION,
         BUDGETS,
         ADVERSARIAL,
+        PATTERNS,
         TUNING,
     )
 }
