@@ -88,7 +88,8 @@ def _default_axes(path: Path, shape: Shape, tree: Mapping[Path, Shape]) -> LeafA
 
 def _module(path: Path) -> str:
     """The layer that a leaf belongs to: the component above kernel, or the leaf itself."""
-    return path[-2] if len(path) > 1 and path[-1] in KERNEL else path[-1]
+    *above, name = path
+    return above[-1] if above and name in KERNEL else name
 
 
 def _bias(path: Path, tree: Mapping[Path, Shape]) -> Shape | None:

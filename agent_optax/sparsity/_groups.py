@@ -13,14 +13,18 @@ class Groups:
     """
 
     def best(
-        self, scores: jax.Array, first: jax.Array, number: int | jax.Array, first_scores: jax.Array | None = None
+        self,
+        scores: jax.Array,
+        number: int | jax.Array,
+        first: jax.Array | None = None,
+        first_scores: jax.Array | None = None,
     ) -> jax.Array:
         """The mask that has the pattern and `number` active entries: those of `first`, then by falling score.
 
         Args:
             scores: by which entries are ranked, in the shape of a layer.
-            first: bool: those that come before all others.
             number: of active entries in the layer; a pattern that fixes it does not look at it.
+            first: bool: those that come before all others. Default: none.
             first_scores: by which those of `first` are ranked among themselves, should a group not take them all.
                 Default: `scores`.
         """

@@ -140,5 +140,5 @@ def _largest_of_each(
         if layer.groups is None:
             masks.append(select(scores, number))
         else:
-            masks.append(layer.groups.best(scores, jnp.zeros_like(layer.mask), number))
+            masks.append(layer.groups.best(scores, number))
     return masks

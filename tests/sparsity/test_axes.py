@@ -144,9 +144,7 @@ def test_a_stack_is_trained_as_leaves_of_their_own(topology: str, pattern: str, 
 
     def run(params: Any, masks: Any, target: Any) -> Any:
         pruning = {} if "pruning" not in topology and topology != "granet" else {"sparsity": end}
-        tx = agent_optax.sparsify(
-            optax.adam(0.1), TOPOLOGIES[topology], masks=masks, storage=storage, **own, **pruning
-        )
+        tx = agent_optax.sparsify(optax.adam(0.1), TOPOLOGIES[topology], masks=masks, storage=storage, **own, **pruning)
         gradient = lambda p, step: jax.tree.map(lambda p, t: jnp.tanh(p - t * (step + 1)), p, target)  # noqa: E731
         params, opt_state, _ = train(tx, params, gradient, 5)
         return agent_optax.active_masks(opt_state, params), params
@@ -199,9 +197,7 @@ def test_a_distribution_may_treat_layers_of_a_stack_differently() -> None:
 
 def test_a_layer_of_a_stack_that_would_be_empty_is_named() -> None:
     params = {"layers": jnp.ones((2, 3, 4)), "out": jnp.ones((30, 40))}
-    tx = agent_optax.sparsify(
-        optax.sgd(0.1), agent_optax.static(), sparsity=0.99, distribution=agent_optax.uniform
-    )
+    tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=0.99, distribution=agent_optax.uniform)
     with pytest.warns(UserWarning, match=r"layers\[0\] gets 1, layers\[1\] gets 1\."):
         masks = agent_optax.active_masks(tx.init(params), params)
     assert masks["layers"].sum((1, 2)).tolist() == [1, 1]
@@ -269,7 +265,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "layers of experts": (
         {"layers/experts/wi": (3, 4, 8, 16), "layers/norm/scale": (3, 8)},
-        {"layers/experts/wi": known(stack=(0, 1), inputs=2, outputs=3), "layers/norm/scale": known(inputs=0, outputs=1)},
+        {
+            "layers/experts/wi": known(stack=(0, 1), inputs=2, outputs=3),
+            "layers/norm/scale": known(inputs=0, outputs=1),
+        },
     ),
     "layers on the second axis, as in MaxText": (
         {"layers/wi/kernel": (16, 3, 8), "layers/wo/kernel": (8, 3, 16), "layers/norm/scale": (16, 3)},
@@ -358,9 +357,7 @@ def test_two_of_four_on_attention(storage: str) -> None:
     report = export.n_m_report(masks)
     assert all(layer.is_n_m for layer in report.values())
     across_heads = {"query": {"kernel": np.arange(32 * 8 * 4).reshape(32, 8, 4) % 8 < 4}}
-    assert not export.n_m_report(across_heads, axes=lambda *_: Axes(inputs=0, outputs=(1, 2)))[
-        "query/kernel"
-    ].is_n_m
+    assert not export.n_m_report(across_heads, axes=lambda *_: Axes(inputs=0, outputs=(1, 2)))["query/kernel"].is_n_m
 
 
 @pytest.mark.parametrize("distribution", [agent_optax.erk, agent_optax.erdos_renyi])
@@ -378,9 +375,7 @@ def test_attention_has_the_density_of_its_matrices(distribution: Any) -> None:
 
 def test_channels_of_each_layer_of_a_stack() -> None:
     params = {"layers": jax.random.normal(jax.random.key(0), (8, 16, 16))}
-    tx = agent_optax.sparsify(
-        optax.sgd(0.1), agent_optax.static(), sparsity=0.5, pattern=agent_optax.output_channels()
-    )
+    tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), sparsity=0.5, pattern=agent_optax.output_channels())
     mask = np.asarray(agent_optax.active_masks(tx.init(params), params)["layers"])
     assert np.all(mask == mask[:, :1]) and mask[:, 0].sum(1).tolist() == [8] * 8
     assert not np.all(mask == mask[:1])  # by themselves

@@ -182,7 +182,7 @@ def test_best_of_each_group(data, n, more):
     m = n + more
     scores = np.array(data.draw(st.lists(st.integers(0, 3), min_size=6 * m, max_size=6 * m))).reshape(2 * m, 3)
     first = np.array(data.draw(st.lists(st.booleans(), min_size=6 * m, max_size=6 * m))).reshape(2 * m, 3)
-    best = np.asarray(NMGroups(n, m).best(jnp.asarray(scores), jnp.asarray(first), 0))
+    best = np.asarray(NMGroups(n, m).best(jnp.asarray(scores), 0, jnp.asarray(first)))
     for group in range(2):
         rows = slice(group * m, (group + 1) * m)
         for column in range(3):

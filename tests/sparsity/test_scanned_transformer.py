@@ -83,7 +83,9 @@ def test_scanned_and_unrolled(storage: str, pattern: Any) -> None:
     own_after, own_weights = trained(False, unrolled(params), own_masks, storage, pattern)
     jax.tree.map(np.testing.assert_array_equal, own_after, unrolled(after))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), own_weights, unrolled(weights))
-    changed = sum(int(np.sum(old != new)) for old, new in zip(jax.tree.leaves(masks), jax.tree.leaves(after), strict=True))
+    changed = sum(
+        int(np.sum(old != new)) for old, new in zip(jax.tree.leaves(masks), jax.tree.leaves(after), strict=True)
+    )
     assert changed > 100
     if pattern is not None and pattern.density is not None:
         for name in ("query", "key", "value", "out"):

@@ -172,7 +172,7 @@ class Blocks(Pattern):
         scores = random_scores(key, self._tiled(jnp.zeros_like(like, dtype=bool)).any(self._axes(like.ndim)))
         if not self.balanced:
             return self.entries(select(scores, number), like)
-        return self.entries(Columns().best(scores, jnp.zeros_like(scores, dtype=bool), number), like)
+        return self.entries(Columns().best(scores, number), like)
 
     def allows(self, mask: jax.Array) -> jax.Array:
         """Whether each block is all active or all inactive, and columns hold the same number."""

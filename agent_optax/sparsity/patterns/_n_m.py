@@ -7,7 +7,6 @@ import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from agent_optax._validation import check_positive_int
 from agent_optax.sparsity._layer import Layer
@@ -105,7 +104,7 @@ class NM(Pattern):
         """N of m at random, and any others if the number is larger."""
         key, other_key = jax.random.split(key)
         scores = random_scores(key, like)
-        best = self.groups.best(scores, jnp.zeros_like(scores, dtype=bool), number)
+        best = self.groups.best(scores, number)
         missing = number - like.size * self.n // self.m
         return best | select(random_scores(other_key, like), missing, candidates=~best) if missing > 0 else best
 

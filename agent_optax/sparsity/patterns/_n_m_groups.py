@@ -26,17 +26,23 @@ class NMGroups(Groups):
     at_most: bool = False
 
     def best(
-        self, scores: jax.Array, first: jax.Array, number: int | jax.Array, first_scores: jax.Array | None = None
+        self,
+        scores: jax.Array,
+        number: int | jax.Array,
+        first: jax.Array | None = None,
+        first_scores: jax.Array | None = None,
     ) -> jax.Array:
         """The n entries of each group that come first; with `at_most`, the best `number` of those."""
-        full = self._best_of_each(scores, first)
+        full = self._best_of_each(scores, jnp.zeros_like(scores, dtype=bool) if first is None else first)
         if not self.at_most:
             return full
-        number, first = jnp.asarray(number, jnp.int32), first & full
-        kept = select(
-            scores if first_scores is None else first_scores, jnp.minimum(number, num_true(first)), candidates=first
-        )
-        return kept | select(scores, number - num_true(kept), candidates=full & ~first)
+        number = jnp.asarray(number, jnp.int32)
+        if first is None:
+            return select(scores, number, candidates=full)
+        candidates = first & full
+        ranked = scores if first_scores is None else first_scores
+        kept = select(ranked, jnp.minimum(number, num_true(candidates)), candidates)
+        return kept | select(scores, number - num_true(kept), full & ~first)
 
     def hold(self, mask: jax.Array) -> jax.Array:
         """Whether every group has n active entries, or at most n."""

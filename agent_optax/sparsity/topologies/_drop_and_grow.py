@@ -187,7 +187,7 @@ class DropAndGrow(Topology):
         # Weights dropped just now are candidates for growth: grown again, they keep their value.
         scores = self.grow(layer, grow_key)
         if layer.groups is not None:
-            return layer.groups.best(scores, kept, num_active, drop_scores)
+            return layer.groups.best(scores, num_active, kept, drop_scores)
         return kept | select(scores, n, candidates=~kept)
 
     def rewire(

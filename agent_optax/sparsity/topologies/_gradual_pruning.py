@@ -172,7 +172,7 @@ class GradualPruning(Topology):
         return [
             mask
             if layer.groups is None
-            else jnp.where(is_last, layer.groups.best(jnp.abs(layer.weights), layer.mask, number), mask)
+            else jnp.where(is_last, layer.groups.best(jnp.abs(layer.weights), number, layer.mask), mask)
             for mask, layer, number in zip(masks, layers, final_active, strict=True)
         ]
 
@@ -194,4 +194,4 @@ def _magnitude(layer: Layer, final_active: jax.Array) -> jax.Array:
     score = jnp.abs(layer.weights)
     if layer.groups is None:
         return score
-    return jnp.where(layer.groups.best(score, jnp.zeros_like(layer.mask), final_active), jnp.inf, score)
+    return jnp.where(layer.groups.best(score, final_active), jnp.inf, score)
