@@ -133,13 +133,23 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
     "groups that do not divide": (
         lambda: sparse(sparsity=None, pattern=agent_optax.n_m(2, 3)),
         ValueError,
-        ("multiple of 3", "dense/kernel has the shape (4, 4)", "where="),
+        ("multiple of 3", "dense/kernel has layers of the shape (4, 4)", "where="),
     ),
-    "blocks that do not tile": (
-        lambda: sparse(pattern=agent_optax.blocks((3, 3))),
+    "no function of axes": (
+        lambda: sparse(axes=agent_optax.Axes(inputs=0, outputs=1)),
+        TypeError,
+        ("axes must be a function", "lambda name, shape", "got Axes(stack=(), spatial=(), inputs=(0,), outputs=(1,))"),
+    ),
+    "no axes from the function": (lambda: sparse(axes=lambda name, shape: 0), TypeError, ("dense/bias", "gave 0")),
+    "an axis without a role": (
+        lambda: sparse(axes=lambda name, shape: agent_optax.Axes(inputs=0) if "kernel" in name else None),
         ValueError,
-        ("blocks((3, 3)) does not tile dense/kernel of shape (4, 4)", "where="),
+        (
+            "inputs=(0,)",
+            "for dense/kernel, which has the shape (4, 4): name each of its 2 axes exactly once",
+        ),
     ),
+    "no axis": (lambda: agent_optax.Axes(inputs="in"), TypeError, ("inputs must be an axis", "got 'in'")),
     "groups and redistribution": (
         lambda: sparse(sparsity=None, pattern=agent_optax.n_m(2, 4), topology=agent_optax.snfs()),
         ValueError,
