@@ -207,7 +207,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
     "distribution of another length": (
         lambda: sparse(distribution=lambda shapes, sparsity: [0.5, 0.25]),
         ValueError,
-        ("one density for each of the 1 leaves to prune, dense/kernel", "got [0.5, 0.25]"),
+        ("one density for each of the 1 layers to prune, dense/kernel", "got [0.5, 0.25]"),
     ),
     "distribution above 1": (
         lambda: sparse(distribution=lambda shapes, sparsity: [1.5]),

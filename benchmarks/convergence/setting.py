@@ -72,7 +72,7 @@ class Setting:
         key: Any,
         masks: Any = None,
         storage: Literal["dense", "compact"] = "dense",
-        pattern: agent_optax.typing.Pattern | None = None,
+        pattern: Any = None,
     ) -> optax.GradientTransformationExtraArgs:
         """One topology update an epoch, in its middle, so that weights have settled when accuracy is measured."""
         interval = self.steps_an_epoch

@@ -21,7 +21,8 @@ def fan_in(*, group: int = 1, ablation: float | None = None) -> Blocks:
     With `ablation` :math:`\gamma` (SRigL), outputs die at a topology update that have fewer than
     :math:`\lceil \gamma k \rceil` salient inputs: of those that would be active were any mask allowed. What they had is
     shared by the others, whose k becomes the number of active weights over that of outputs left, to the nearest whole
-    number. At very high sparsity few outputs with many inputs learn more than many with next to none.
+    number. Leave the last layer out, whose outputs are classes or tokens: give patterns leaf by leaf,
+    ``lambda name: fan_in(ablation=None if "head" in name else 0.3)``.
 
     Args:
         group: G, consecutive outputs with the same inputs. Default 1.
