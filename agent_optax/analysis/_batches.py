@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from agent_optax._tree import check_floating, is_masked, select_active, wide_dtype
-from agent_optax.sparsity._where import given_masks
+from agent_optax.sparsity._given_masks import given_masks
 
 MaskedGrads = Callable[[optax.Params, Any], tuple[jax.Array, optax.Updates]]
 

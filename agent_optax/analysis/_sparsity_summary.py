@@ -13,9 +13,11 @@ import optax
 from agent_optax._tree import is_masked
 from agent_optax.analysis._forward_flops import forward_flops
 from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves, check_axes
+from agent_optax.sparsity._given_masks import given_masks
+from agent_optax.sparsity._leaf_names import leaf_names
 from agent_optax.sparsity._masks import active_masks
+from agent_optax.sparsity._matching import matched_leaves
 from agent_optax.sparsity._state import find_sparsify
-from agent_optax.sparsity._where import given_masks, leaf_names, path_name
 from agent_optax.sparsity.storages._compact_active import unpack_bits
 
 
@@ -134,7 +136,7 @@ def sparsity_summary(
     ever: list[Any] = [None] * len(leaves)
     if opt_state is not None:
         active = treedef.flatten_up_to(active_masks(opt_state, params))
-        ever = _ever_active(opt_state, treedef, active)
+        ever = _ever_active(opt_state, params, active)
     elif masks is not None:
         active = [None if is_masked(mask) else mask for mask in treedef.flatten_up_to(given_masks(params, masks))]
     flops, other = None, None
@@ -142,9 +144,9 @@ def sparsity_summary(
         counted = forward_flops(apply_fn, params, *example_inputs)
         flops, other = jax.tree.leaves(counted.per_leaf), counted.other
 
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = leaf_names(params)
     shapes = [jnp.shape(leaf) for leaf in leaves]
-    all_axes = axes_of_leaves(axes, leaf_names(params), shapes)
+    all_axes = axes_of_leaves(axes, names, shapes)
     layers, pruned = [], []
     for i, (name, shape, (own, _)) in enumerate(zip(names, shapes, all_axes, strict=True)):
         dense = None if flops is None else flops[i]
@@ -176,20 +178,17 @@ def sparsity_summary(
     )
 
 
-def _ever_active(opt_state: optax.OptState, treedef: Any, active: list[Any]) -> list[Any]:
+def _ever_active(opt_state: optax.OptState, params: optax.Params, active: list[Any]) -> list[Any]:
     """For each leaf a mask of the weights that were ever active; None where nothing is pruned."""
-    masks = treedef.unflatten(active)
-
-    def recorded(record: Any, mask: Any) -> Any:
-        if is_masked(record):  # not pruned, or hidden by optax.masked or optax.partition with all below it
-            return mask
-        return unpack_bits(record, mask) if record.dtype == jnp.uint8 else record  # packed in compact storage
-
+    found = list(active)
     for state in find_sparsify(opt_state):
         kept = state.active_weights.ever_active
-        if kept is not None:  # None: a static topology, where what is active always was
-            masks = jax.tree.map(recorded, kept, masks, is_leaf=is_masked)
-    return treedef.flatten_up_to(masks)
+        if kept is None:  # a static topology, where what is active always was
+            continue
+        for i, record in enumerate(matched_leaves(kept, params, "the state", is_part=True)):
+            if record is not None:  # packed in compact storage
+                found[i] = unpack_bits(record, active[i]) if record.dtype == jnp.uint8 else record
+    return found
 
 
 def _together(name: str, layers: Sequence[LayerSummary], other_flops: int | None = None) -> LayerSummary:

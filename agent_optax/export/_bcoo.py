@@ -11,7 +11,7 @@ import optax
 from jax.experimental import sparse
 
 from agent_optax.export._merge import check_inactive_are_zero, mask_of_each_leaf
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 
 def to_bcoo(params: optax.Params, masks: Any) -> Any:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax.sparsity._leaf_names import leaf_names
 from agent_optax.sparsity._masks import active_masks
+from agent_optax.sparsity._matching import matched_leaves
 from agent_optax.sparsity._state import find_sparsify
-from agent_optax.sparsity._where import leaf_names
 
 
 def merge(params: optax.Params, masks: Any) -> optax.Params:
@@ -51,17 +52,7 @@ def mask_of_each_leaf(params: optax.Params, masks: Any) -> list[Any]:
     if find_sparsify(masks):
         masks = active_masks(masks, params)
 
-    def is_absent(node: Any) -> bool:
-        return node is None or isinstance(node, optax.MaskedNode)
-
-    try:
-        subtrees = jax.tree.structure(params).flatten_up_to(masks)
-        found = [None if is_absent(node) else _array(node) for node in subtrees]
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "masks must be a tree like params with None where nothing is pruned, or the state of an optimizer that "
-            f"holds agent_optax.sparsify; got {jax.tree.structure(masks)} for parameters {jax.tree.structure(params)}."
-        ) from error
+    found = matched_leaves(masks, params, "masks")
     for name, leaf, mask in zip(leaf_names(params), jax.tree.leaves(params), found, strict=True):
         if mask is not None and (jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) != jnp.bool_):
             raise ValueError(
@@ -70,12 +61,6 @@ def mask_of_each_leaf(params: optax.Params, masks: Any) -> list[Any]:
                 "mask != 0 to make it boolean."
             )
     return found
-
-
-def _array(node: Any) -> Any:
-    if not hasattr(node, "shape"):
-        raise TypeError("a subtree in place of an array")
-    return node
 
 
 def check_inactive_are_zero(name: str, weights: Any, mask: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from agent_optax._validation import check_positive_int
 from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 
 class NMReport(NamedTuple):

@@ -13,7 +13,7 @@ import optax
 
 import agent_optax
 from agent_optax.export._merge import check_inactive_are_zero, mask_of_each_leaf
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 MASK = ".mask"  # what is added to the name of a weight for the name of its mask
 
@@ -36,7 +36,7 @@ def save_safetensors(
     Raises:
         ImportError: if safetensors is not installed.
         ValueError: if `masks` does not fit `params`, an inactive weight is not zero, or two names are the same.
-        TypeError: if metadata are no strings.
+        TypeError: if metadata are no strings, or `params` holds a random key.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax, pathlib, tempfile
@@ -65,6 +65,11 @@ def save_safetensors(
                     f"the name {key!r} is taken twice, or by a mask: rename that part of params, whose names are "
                     f"{', '.join(leaf_names(params))}."
                 )
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise TypeError(
+                f"{name} is a random key, which no file of weights holds: pass parameters alone, of a Flax model "
+                "nnx.state(model, nnx.Param)."
+            )
         if mask is not None:
             check_inactive_are_zero(name, leaf, mask)
         tensors.update({key: np.asarray(jax.device_get(array), order="C") for key, array in named.items()})

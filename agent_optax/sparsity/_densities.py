@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import optax
 
-from agent_optax._tree import is_absent
 from agent_optax._validation import check_fraction, is_concrete_number
 from agent_optax.sparsity._distribution import Distribution
+from agent_optax.sparsity._matching import matched_leaves
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
-from agent_optax.sparsity._where import is_function, is_leaf_or_hidden
+from agent_optax.sparsity._where import is_function
 
 
 def densities(
@@ -34,7 +33,11 @@ def densities(
     if is_function(sparsity):
         per_leaf = [sparsity(leaf.name) for leaf in pruned]
     else:
-        of_each = _sparsity_of_each(sparsity, params)
+        if isinstance(sparsity, str):
+            raise ValueError(
+                f"sparsity= must be a number such as 0.9, a function of names, or a tree, got {sparsity!r}."
+            )
+        of_each = matched_leaves(sparsity, params, "sparsity=")
         per_leaf = [of_each[leaf.index] for leaf in pruned]
     per_leaf = [0.0 if s is None else s for s in per_leaf]
     for leaf, s in zip(pruned, per_leaf, strict=True):
@@ -42,20 +45,3 @@ def densities(
             f"sparsity of {leaf.name}", s, "it is the share of inactive weights, such as 0.9", below_one=True
         )
     return [1.0 - s for leaf, s in zip(pruned, per_leaf, strict=True) for _ in range(leaf.num_layers)]
-
-
-def _sparsity_of_each(sparsity: Any, params: optax.Params) -> list[Any]:
-    """The sparsity of each leaf from a tree like params; None, for a leaf or a subtree, stands for 0."""
-
-    def spread(s: Any, subtree: Any) -> Any:
-        if not is_absent(s) and not is_leaf_or_hidden(subtree):
-            raise ValueError("a number for a subtree")
-        return jax.tree.map(lambda _: 0.0 if is_absent(s) else s, subtree)
-
-    try:
-        return jax.tree.leaves(jax.tree.map(spread, sparsity, params, is_leaf=is_absent))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "sparsity must be a number, a function of the leaf's path, or a tree like params with None where "
-            f"nothing is pruned; got {sparsity!r}."
-        ) from error

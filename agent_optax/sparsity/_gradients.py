@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 
 def check_grads(grads: optax.Updates, params: optax.Params) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import is_masked
-from agent_optax.sparsity._state import SparsifyState, apply_masks, find_sparsify
+from agent_optax.sparsity._matching import matched_leaves
+from agent_optax.sparsity._state import SparsifyState, find_sparsify
 
 
 def mask_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
@@ -18,7 +19,8 @@ def mask_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
         p \leftarrow m \odot p
 
     Args:
-        params: a tree of arrays.
+        params: a tree of arrays: the parameters, or an average of them. It may also be a Flax model or its state
+            where the optimizer saw arrays, or the other way round: leaves are then matched by their names.
         opt_state: the state of an optimizer that holds `sparsify`, at any depth.
 
     Returns:
@@ -34,9 +36,11 @@ def mask_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
         >>> float(agent_optax.mask_params(params, opt_state).sum())
         4.0
     """
-    for state in _sparsify_states(opt_state):
-        params = apply_masks(state.active_masks(params), params)
-    return params
+    leaves, treedef = jax.tree.flatten(params)
+    masks = _mask_of_each_leaf(opt_state, params)
+    return treedef.unflatten(
+        [p if mask is None else jnp.where(mask, p, jnp.zeros_like(p)) for mask, p in zip(masks, leaves, strict=True)]
+    )
 
 
 def active_masks(opt_state: optax.OptState, params: optax.Params) -> Any:
@@ -44,7 +48,7 @@ def active_masks(opt_state: optax.OptState, params: optax.Params) -> Any:
 
     Args:
         opt_state: the state of an optimizer that holds `sparsify`, at any depth.
-        params: a tree of arrays, for the shapes.
+        params: a tree of arrays, for the shapes; as for `mask_params` it may be of another class.
 
     Returns:
         A tree like `params` of bool arrays, None where nothing is pruned: what ``sparsify(..., masks=)`` takes.
@@ -60,12 +64,15 @@ def active_masks(opt_state: optax.OptState, params: optax.Params) -> Any:
         >>> int(masks["kernel"].sum()), masks["bias"]
         (4, None)
     """
-    merged = jax.tree.map(lambda _: None, params)
+    return jax.tree.structure(params).unflatten(_mask_of_each_leaf(opt_state, params))
+
+
+def _mask_of_each_leaf(opt_state: optax.OptState, params: optax.Params) -> list[Any]:
+    found: list[Any] = [None] * len(jax.tree.leaves(params))
     for state in _sparsify_states(opt_state):
-        merged = jax.tree.map(
-            lambda mask, old: old if is_masked(mask) else mask, state.active_masks(params), merged, is_leaf=is_masked
-        )
-    return merged
+        own = matched_leaves(state.active_masks(params), params, "the state", is_part=True)
+        found = [old if mask is None else mask for mask, old in zip(own, found, strict=True)]
+    return found
 
 
 def _sparsify_states(opt_state: optax.OptState) -> list[SparsifyState]:

@@ -11,8 +11,8 @@ import optax
 
 from agent_optax.sparsity._axes import Axes, Shape
 from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves
+from agent_optax.sparsity._leaf_names import leaf_names
 from agent_optax.sparsity._pattern import Pattern, PatternChoice, patterns_of
-from agent_optax.sparsity._where import leaf_names
 
 
 class PrunedLeaf(NamedTuple):

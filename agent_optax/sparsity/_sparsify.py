@@ -13,6 +13,7 @@ from agent_optax._tree import zero_like
 from agent_optax._validation import check_fraction, check_part, is_concrete_number
 from agent_optax.sparsity._default_axes import AxesChoice, check_axes
 from agent_optax.sparsity._distribution import Distribution, erk
+from agent_optax.sparsity._given_masks import copied_masks
 from agent_optax.sparsity._gradients import check_grads
 from agent_optax.sparsity._pattern import PatternChoice, check_pattern, fixed_sparsity
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
@@ -21,7 +22,7 @@ from agent_optax.sparsity._start import Start, given_start, random_start
 from agent_optax.sparsity._state import SparsifyState
 from agent_optax.sparsity._storage import Storage
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import copied_masks, kernels, prunable
+from agent_optax.sparsity._where import kernels, prunable
 from agent_optax.sparsity.inner._like_params import split_args
 from agent_optax.sparsity.storages._compact import Compact
 from agent_optax.sparsity.storages._dense import Dense

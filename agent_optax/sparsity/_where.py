@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import is_absent, is_masked
+from agent_optax.sparsity._leaf_names import leaf_names
+from agent_optax.sparsity._matching import matched_leaves
 
 MAX_COUNT = 2**31 - 1  # of an int32
 
@@ -32,23 +32,6 @@ NORMALIZATION = re.compile(
     r"(layer|batch|group|instance|rms)?_?norm(alization)?(_?\d+)?|.*_(layer)?norm(_?\d+)?|ln(_?\w)?|bn(_?\d+)?"
 )
 TABLE = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)(_?\d+)?")
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A path in a tree as text: 'Dense_0/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leaf_names(params: optax.Params) -> list[str]:
-    """The names of the leaves; the boxes in which Flax keeps arrays add nothing to them."""
-    named_nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_flax_box)
-    return [path_name(path) for path, node in named_nodes for _ in jax.tree.leaves(node)]
-
-
-def _is_flax_box(node: Any) -> bool:
-    """Tells a `flax.nnx.Variable` or `flax.linen.Partitioned`; Flax is not imported here, for it is optional."""
-    boxes = (("flax.nnx.variablelib", "Variable"), ("flax.core.meta", "AxisMetadata"))
-    return any(name in sys.modules and isinstance(node, getattr(sys.modules[name], cls)) for name, cls in boxes)
 
 
 def kernels(params: optax.Params) -> Any:
@@ -143,16 +126,9 @@ def prunable(params: optax.Params, where: Callable[[optax.Params], Any] | Any) -
 
     A leaf without entries is never pruned.
     """
-    chosen = where(params) if is_function(where) else where
-    try:
-        chosen = jax.tree.map(
-            lambda c, subtree: jax.tree.map(lambda leaf: bool(c) and jnp.size(leaf) > 0, subtree), chosen, params
-        )
-    except ValueError as error:
-        raise ValueError(
-            "where= must be a tree of bools like params, or a function that returns one; got "
-            f"{jax.tree.structure(chosen)} for parameters {jax.tree.structure(params)}."
-        ) from error
+    leaves, treedef = jax.tree.flatten(params)
+    bools = matched_leaves(where(params) if is_function(where) else where, params, "where=", is_prefix=True)
+    chosen = treedef.unflatten([bool(c) and jnp.size(leaf) > 0 for c, leaf in zip(bools, leaves, strict=True)])
     if jax.tree.leaves(params) and not any(jax.tree.leaves(chosen)):
         raise ValueError(
             "where= selects no leaf to prune. The default, agent_optax.kernels, takes leaves of two or more axes, but "
@@ -184,53 +160,3 @@ def check_sizes(sizes: dict[str, int], counts_jointly: bool) -> None:
             "together are counted up to 2^31 - 1: select layer by layer (scope='layer', or a topology that keeps the "
             "number of active weights of each layer, such as agent_optax.rigl()), or prune fewer leaves with where=."
         )
-
-
-def given_masks(params: optax.Params, masks: Any) -> Any:
-    """Checked copies of given masks, with MaskedNode for None, which may stand for a subtree."""
-    return copied_masks(params, masks)[0]
-
-
-def copied_masks(params: optax.Params, masks: Any) -> tuple[Any, list[Any]]:
-    """`given_masks`, and the masks themselves in their order: inside `jax.jit` those may be known, and copies not."""
-    names = iter(leaf_names(params))
-    originals: list[Any] = []
-
-    def check(mask: Any, leaf: Any) -> Any:
-        name = next(names)
-        if is_absent(mask) or jnp.size(leaf) == 0:
-            return optax.MaskedNode()
-        if jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) not in (jnp.bool_, jnp.uint8, jnp.int8):
-            raise _UnfitMaskError(
-                f"masks= must be boolean and shaped like params, but for {name} the mask is "
-                f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the leaf {list(jnp.shape(leaf))}. "
-                "Use None where nothing is pruned."
-            )
-        originals.append(mask)
-        return jnp.zeros_like(leaf, dtype=bool) | jnp.array(mask, dtype=bool)  # zeros_like: sharded as the leaf is
-
-    def check_each(mask: Any, subtree: Any) -> Any:
-        if not is_absent(mask) and not is_leaf_or_hidden(subtree):
-            raise ValueError("a mask for a subtree")
-        return jax.tree.map(lambda leaf: check(mask, leaf), subtree)
-
-    try:
-        checked = jax.tree.map(check_each, masks, params, is_leaf=is_absent)
-    except _UnfitMaskError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"masks= must be a tree like params, with None where nothing is pruned; got {jax.tree.structure(masks)} "
-            f"for parameters {jax.tree.structure(params)}."
-        ) from error
-    if not jax.tree.leaves(checked):
-        raise ValueError("masks= holds no mask, only None: give a boolean array for each leaf to prune.")
-    return checked, originals
-
-
-def is_leaf_or_hidden(node: Any) -> bool:
-    return is_masked(node) or jax.tree_util.all_leaves([node])
-
-
-class _UnfitMaskError(ValueError):
-    """A mask of another shape or dtype."""

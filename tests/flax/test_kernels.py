@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import agent_optax
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 KERNEL, NOT = True, False
 

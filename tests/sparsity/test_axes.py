@@ -17,7 +17,7 @@ from sparse_loop import train
 import agent_optax
 from agent_optax import Axes, export
 from agent_optax.sparsity._default_axes import axes_of_leaves
-from agent_optax.sparsity._where import leaf_names
+from agent_optax.sparsity._leaf_names import leaf_names
 
 both_storages = pytest.mark.parametrize("storage", ["dense", "compact"])
 

@@ -14,6 +14,7 @@ import optax
 from jax.core import Tracer
 
 from agent_optax._tree import is_masked
+from agent_optax.sparsity._matching import restructured
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._state import large_total
 from agent_optax.sparsity._storage import ActiveWeights
@@ -48,7 +49,8 @@ class CompactActive(_CompactFields, ActiveWeights):
 
     def masks(self, params: optax.Params) -> Any:
         """True where a weight is active."""
-        return jax.tree.map(lambda i, p: i if is_masked(i) else mask_at(i, p), self.indices, params, is_leaf=is_masked)
+        own = restructured(params, self.indices)
+        return jax.tree.map(lambda i, p: i if is_masked(i) else mask_at(i, p), self.indices, own, is_leaf=is_masked)
 
     def num_active(self) -> jax.Array:
         """The number of active weights."""
