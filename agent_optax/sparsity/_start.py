@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,9 +59,9 @@ def random_start(
     ]
     remaining = iter(starts)
     of_leaf = [tuple(next(remaining) for _ in range(leaf.num_layers)) for leaf in pruned]
-    kinds = [(leaf.pattern, leaf.axes, own) for leaf, own in zip(pruned, of_leaf, strict=True)]
+    kinds = tuple((leaf.pattern, leaf.axes, own) for leaf, own in zip(pruned, of_leaf, strict=True))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([leaf.index for leaf in pruned], jnp.int32))
-    masks, _ = map_layers(_random_mask, kinds, [leaves[leaf.index] for leaf in pruned], keys)
+    masks = _random_masks(kinds, [leaves[leaf.index] for leaf in pruned], keys)
     tree = list[Any]([optax.MaskedNode()] * len(leaves))
     counts = list(tree)
     for leaf, mask, own in zip(pruned, masks, of_leaf, strict=True):
@@ -68,6 +69,13 @@ def random_start(
         entries = [leaf.pattern.num_entries(leaf.layer_shape, number) for number in own]
         counts[leaf.index] = None if None in entries else sum(n for n in entries if n is not None)
     return Start(treedef.unflatten(tree), treedef.unflatten(counts), targets)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program, for `init` is often outside any jit
+def _random_masks(
+    kinds: tuple[tuple[Pattern, Axes, tuple[int, ...]], ...], likes: list[jax.Array], keys: jax.Array
+) -> list[jax.Array]:
+    return map_layers(_random_mask, kinds, likes, keys)[0]
 
 
 def _random_mask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,14 +65,8 @@ class Compact(Storage):
         warn_if_gathered(params, pruned)
         packed = jax.tree.map(lambda mask: pack_bits(mask, parts_of(mask)), start.masks)
 
-        def positions(count: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[()]]:
-            bits, mask = layer
-            num_parts = bits.size // max(bits.shape[-1], 1)
-            return positions_of(bits, min(count, mask.size // num_parts)), ()
-
         masks, treedef = jax.tree.flatten(start.masks)
-        bits = jax.tree.leaves(packed)
-        indices, _ = map_layers(positions, jax.tree.leaves(start.counts), list(zip(bits, masks, strict=True)))
+        indices = _positions(tuple(jax.tree.leaves(start.counts)), jax.tree.leaves(packed), masks)
         active = CompactActive(
             indices=treedef.unflatten(indices),
             point_indices=None,
@@ -138,6 +133,18 @@ class Compact(Storage):
             return isinstance(node, EntryUpdates)
 
         return jax.tree.map(lambda u: SparseUpdate(u) if is_entries(u) else u, updates, is_leaf=is_entries)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program, for `init` is often outside any jit
+def _positions(counts: tuple[int, ...], packed: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
+    """The positions of the set bits of each leaf."""
+
+    def positions(count: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[()]]:
+        bits, mask = layer
+        num_parts = bits.size // max(bits.shape[-1], 1)
+        return positions_of(bits, min(count, mask.size // num_parts)), ()
+
+    return map_layers(positions, counts, list(zip(packed, masks, strict=True)))[0]
 
 
 def _check_counts(pruned: Sequence[PrunedLeaf], counts: Sequence[Any]) -> None:
