@@ -57,6 +57,9 @@ def top_k_of_jax(scores: jax.Array, k: int) -> jax.Array:
 SELECTIONS = {"bisection (ours)": agent_optax.top_k_mask, "lax.top_k": top_k_of_jax, "argsort": sorted_mask}
 
 
+PATTERNS = {"constant fan-in": agent_optax.fan_in(), "fan-in of 16 together": agent_optax.fan_in(group=16)}
+
+
 def rigl_with(select: Any, config: Config) -> Any:
     """A RigL update of all layers with this selection, for a timing of the selection alone."""
 
@@ -72,9 +75,11 @@ def rigl_with(select: Any, config: Config) -> Any:
     return jax.jit(rewire)
 
 
-def whole_step(topology: Any, storage: str, params: Any, grads: Any, config: Config) -> Any:
+def whole_step(topology: Any, storage: str, params: Any, grads: Any, config: Config, pattern: Any = None) -> Any:
     """A closure that takes one optimizer step at which this topology is due."""
-    tx = agent_optax.sparsify(optax.sgd(0.1, momentum=0.9), topology, sparsity=config.sparsity, storage=storage)
+    tx = agent_optax.sparsify(
+        optax.sgd(0.1, momentum=0.9), topology, sparsity=config.sparsity, storage=storage, pattern=pattern
+    )
     opt_state = tx.init(params)
     start = agent_optax.mask_params(params, opt_state)
     step = jax.jit(lambda params, opt_state, grads: tx.update(grads, opt_state, params))
@@ -94,6 +99,10 @@ def main(config: Config) -> None:
     for storage in config.storages:
         steps[f"step with SET update, {storage}"] = whole_step(agent_optax.set_(1), storage, params, grads, config)
         steps[f"step with RigL update, {storage}"] = whole_step(agent_optax.rigl(1), storage, params, grads, config)
+        for name, pattern in PATTERNS.items():
+            steps[f"the same with {name}, {storage}"] = whole_step(
+                agent_optax.rigl(1), storage, params, grads, config, pattern
+            )
     seconds = interleaved_seconds(steps, config.rounds, warmup=1)
     rows = [
         {
