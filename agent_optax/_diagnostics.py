@@ -6,6 +6,7 @@ import jax
 import optax
 
 from agent_optax.correction._find import find_corrections
+from agent_optax.sparsity._matching import restructured
 from agent_optax.sparsity._rewiring import num_nonzero_inactive
 from agent_optax.sparsity._state import find_sparsify
 
@@ -56,9 +57,11 @@ def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -
         report["exploration_rate"] = state.exploration_rate()
         report["num_dropped"] = state.num_dropped
         report["num_grown"] = state.num_grown
-        report["num_nonzero_inactive"] = (
-            state.num_nonzero_inactive if params is None else num_nonzero_inactive(state.active_masks(params), params)
-        )
+        if params is None:
+            report["num_nonzero_inactive"] = state.num_nonzero_inactive
+        else:
+            masks = state.active_masks(params)
+            report["num_nonzero_inactive"] = num_nonzero_inactive(masks, restructured(params, masks))
         report["num_topology_updates"] = state.num_topology_updates
         report["num_skipped_updates"] = state.num_skipped_updates
     if not report:

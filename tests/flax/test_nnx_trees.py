@@ -65,6 +65,8 @@ def test_every_helper_takes_every_tree(kind: str, storage: str, tmp_path: Path) 
     assert summary.pruned is not None and summary.pruned.num_active == 32
     assert [layer.name for layer in summary.layers if layer.num_ever_active] == ["layers/0/kernel", "layers/1/kernel"]
 
+    assert agent_optax.diagnostics(state, params)["num_nonzero_inactive"] == 0
+
     masks = agent_optax.active_masks(state, params)
     assert jax.tree.structure(agent_optax.mask_params(params, state)) == jax.tree.structure(params)
     np.testing.assert_array_equal(np.stack(jax.tree.leaves(masks)), active)
