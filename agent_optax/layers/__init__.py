@@ -1,0 +1,16 @@
+"""Sparse layers: zeros that are never touched, neither stored nor multiplied."""
+
+from agent_optax.layers._any_mask import AnyMask
+from agent_optax.layers._connections import Connections
+from agent_optax.layers._dense import from_dense, to_dense
+from agent_optax.layers._fan_in import FanIn
+from agent_optax.layers._sparse_dot import sparse_dot
+
+__all__ = [
+    "Connections",
+    "FanIn",
+    "AnyMask",
+    "sparse_dot",
+    "to_dense",
+    "from_dense",
+]
