@@ -13,7 +13,7 @@ import numpy as np
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.layers._connections import Connections
 from agent_optax.layers._fan_in import as_mask
-from agent_optax.layers._rows import Rows, product, products_of_rows, rows_of, split_rows
+from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
 
 
 @functools.partial(
@@ -125,21 +125,26 @@ class AnyMask(Connections):
         return kernel[self._positions()]
 
     @property
+    def lookups(self) -> None:
+        """All inputs."""
+        return None
+
+    @property
     def num_columns(self) -> int:
         """How many columns to work on at a time."""
-        return 128
+        return MOST_COLUMNS
 
-    def product(self, values: jax.Array, x: jax.Array) -> jax.Array:
+    def product(self, values: jax.Array, z: jax.Array) -> jax.Array:
         """[inputs, columns] -> [outputs, columns]."""
-        return product(self.rows, values, x)
+        return product(self.rows, values, z)
 
     def transposed_product(self, values: jax.Array, dy: jax.Array) -> jax.Array:
         """[outputs, columns] -> [inputs, columns]."""
         return product(self.transposed, values, dy)
 
-    def weight_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
+    def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
         """[inputs, columns], [outputs, columns] -> [N]."""
-        products = products_of_rows(self.rows.sources, x, rows_of(dy, self.rows.segments))
+        products = products_of_rows(self.rows.sources, z, rows_of(dy, self.rows.segments))
         return products.reshape(-1)[self.slots]
 
     def _positions(self) -> tuple[jax.Array, jax.Array]:

@@ -65,21 +65,27 @@ class Connections:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         raise NotImplementedError
 
-    # The three sides of the trilinear form sum_oi dy_o W_oi x_i, for a block of columns, features first.
+    # The three sides of the trilinear form sum_o dy_o W_oi z_i, for a block of columns, features first; z are the inputs
+    # that `lookups` names.
+
+    @property
+    def lookups(self) -> jax.Array | None:
+        """int32: the inputs that the products are to be given, in this order; None for all as they are."""
+        raise NotImplementedError
 
     @property
     def num_columns(self) -> int:
-        """How many columns to work on at a time, so that what is written is read again from the cache."""
+        """How many columns to work on at a time."""
         raise NotImplementedError
 
-    def product(self, values: jax.Array, x: jax.Array) -> jax.Array:
-        """[inputs, columns] -> [outputs, columns]."""
+    def product(self, values: jax.Array, z: jax.Array) -> jax.Array:
+        """[*lookups, columns] -> [outputs, columns]."""
         raise NotImplementedError
 
     def transposed_product(self, values: jax.Array, dy: jax.Array) -> jax.Array:
-        """[outputs, columns] -> [inputs, columns]."""
+        """[outputs, columns] -> [*lookups, columns]."""
         raise NotImplementedError
 
-    def weight_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-        """[inputs, columns], [outputs, columns] -> the shape of the weights."""
+    def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
+        """[*lookups, columns], [outputs, columns] -> the shape of the weights."""
         raise NotImplementedError

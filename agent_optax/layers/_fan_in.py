@@ -12,10 +12,10 @@ import numpy as np
 
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._rows import Rows, product, products_of_rows, rows_of, split_rows, sums_of_rows
+from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
 
 SMALLEST_PRODUCT = 8  # outputs of a group from which on one matrix product a group is faster than sums of rows
-LARGEST_GATHER = 2**21  # numbers: inputs of all groups that are gathered at a time
+LARGEST_GATHER = 2**24  # numbers: inputs of all groups that are looked up at a time, to bound the memory
 
 
 @functools.partial(
@@ -191,32 +191,32 @@ class FanIn(Connections):
         return kernel[self._sources(), jnp.arange(self.outputs)[:, None]]
 
     @property
+    def lookups(self) -> jax.Array | None:
+        """The inputs of each group; all inputs for small groups."""
+        return self.indices if self.transposed is None else None
+
+    @property
     def num_columns(self) -> int:
         """How many columns to work on at a time."""
-        if self.transposed is not None:
-            return 128
-        return min(512, max(32, LARGEST_GATHER // self.indices.size))
+        return MOST_COLUMNS if self.transposed is not None else max(64, LARGEST_GATHER // self.indices.size)
 
-    def product(self, values: jax.Array, x: jax.Array) -> jax.Array:
-        """[inputs, columns] -> [outputs, columns]."""
+    def product(self, values: jax.Array, z: jax.Array) -> jax.Array:
+        """[*lookups, columns] -> [outputs, columns]."""
         if self.transposed is not None:
-            return sums_of_rows(values.T, self._sources().T, x)
-        y = jnp.einsum("gok,gkb->gob", self.in_groups(values), rows_of(x, self.indices))
-        return self.out_of_groups(y)
+            return sums_of_rows(values.T, self._sources().T, z)
+        return self.out_of_groups(jnp.einsum("gok,gkb->gob", self.in_groups(values), z))
 
     def transposed_product(self, values: jax.Array, dy: jax.Array) -> jax.Array:
-        """[outputs, columns] -> [inputs, columns]."""
+        """[outputs, columns] -> [*lookups, columns]."""
         if self.transposed is not None:
             return product(self.transposed, values.reshape(-1), dy)
-        dx = jnp.einsum("gok,gob->gkb", self.in_groups(values), self.in_groups(dy))
-        zeros = jnp.zeros((self.inputs, dy.shape[1]), dx.dtype)
-        return zeros.at[self.indices].add(dx, mode="promise_in_bounds")
+        return jnp.einsum("gok,gob->gkb", self.in_groups(values), self.in_groups(dy))
 
-    def weight_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-        """[inputs, columns], [outputs, columns] -> [outputs, k]."""
+    def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
+        """[*lookups, columns], [outputs, columns] -> [outputs, k]."""
         if self.transposed is not None:
-            return products_of_rows(self._sources().T, x, dy).T
-        return self.out_of_groups(jnp.einsum("gob,gkb->gok", self.in_groups(dy), rows_of(x, self.indices)))
+            return products_of_rows(self._sources().T, z, dy).T
+        return self.out_of_groups(jnp.einsum("gob,gkb->gok", self.in_groups(dy), z))
 
     def in_groups(self, rows: jax.Array) -> jax.Array:
         """[outputs, n] -> [groups, G, n]; what the last group lacks is zero."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 NUM_TERMS = 8  # terms added in one pass over the sums: each pass reads and writes all of them (measured: 1 to 16)
+MOST_COLUMNS = 512  # of a matrix that rows are taken from: beyond, its sums leave the cache between passes
 NUM_LANES = 8  # partial sums of an inner product, next to each other, so that vector instructions add them
 
 

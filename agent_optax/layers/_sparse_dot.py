@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
+from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
+from agent_optax.layers._rows import rows_of
 
 
 def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
@@ -59,7 +60,7 @@ def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax
             f"x must have {connections.inputs} inputs on its last axis, as the connections have, got the shape "
             f"{list(x.shape)}."
         )
-    y = _product(values, x.reshape(-1, connections.inputs), connections)
+    y = sparse_product(FEATURES, values, x.reshape(-1, connections.inputs), connections)
     return y.reshape(*x.shape[:-1], connections.outputs)
 
 
@@ -88,77 +89,20 @@ def check_values(values: Any, connections: Any) -> None:
         )
 
 
-@jax.custom_vjp
-def _product(values: jax.Array, x: jax.Array, connections: Connections) -> jax.Array:
-    """x W, [batch, inputs] -> [batch, outputs]."""
-    values_ = _accumulable(values)
-    return _in_blocks(lambda x: connections.product(values_, x), connections.num_columns, x)
+class Features(Columns):
+    """[batch, features]: a column is a sample."""
+
+    def features_first(self, x: jax.Array) -> jax.Array:
+        """[batch, features] -> [features, batch]."""
+        return row_major(x.T)
+
+    def looked_up(self, x: jax.Array, lookups: jax.Array | None) -> jax.Array:
+        """[features, batch] -> [*lookups, batch]."""
+        return x if lookups is None else rows_of(x, lookups)
+
+    def batch_first(self, y: jax.Array, num_samples: int) -> jax.Array:
+        """[features, batch] -> [batch, features]."""
+        return row_major(y).T
 
 
-@jax.custom_vjp
-def _transposed_product(values: jax.Array, dy: jax.Array, connections: Connections) -> jax.Array:
-    """dy W^T, [batch, outputs] -> [batch, inputs]."""
-    values_ = _accumulable(values)
-    return _in_blocks(lambda dy: connections.transposed_product(values_, dy), connections.num_columns, dy)
-
-
-@jax.custom_vjp
-def _weight_gradient(x: jax.Array, dy: jax.Array, connections: Connections) -> jax.Array:
-    """The entries of x^T dy that exist, [batch, inputs], [batch, outputs] -> the shape of the weights."""
-    x_blocks, dy_blocks = _blocks(x, connections.num_columns), _blocks(dy, connections.num_columns)
-    gradient = _weight_gradient_of_block(connections, x_blocks[0], dy_blocks[0])
-    if len(x_blocks) > 1:
-
-        def add(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            return total + _weight_gradient_of_block(connections, *block), None
-
-        gradient, _ = jax.lax.scan(add, gradient, (x_blocks[1:], dy_blocks[1:]))
-    return gradient.astype(x.dtype)
-
-
-# Each map is linear in its first two arguments, and its derivatives are the other two maps.
-_product.defvjp(
-    lambda w, x, c: (_product(w, x, c), (w, x, c)),
-    lambda res, dy: (_weight_gradient(res[1], dy, res[2]), _transposed_product(res[0], dy, res[2]), None),
-)
-_transposed_product.defvjp(
-    lambda w, dy, c: (_transposed_product(w, dy, c), (w, dy, c)),
-    lambda res, dx: (_weight_gradient(dx, res[1], res[2]), _product(res[0], dx, res[2]), None),
-)
-_weight_gradient.defvjp(
-    lambda x, dy, c: (_weight_gradient(x, dy, c), (x, dy, c)),
-    lambda res, dw: (_transposed_product(dw, res[1], res[2]), _product(dw, res[0], res[2]), None),
-)
-
-
-def _weight_gradient_of_block(connections: Connections, x: jax.Array, dy: jax.Array) -> jax.Array:
-    return connections.weight_gradient(_features_first(x), _features_first(dy))
-
-
-def _in_blocks(function: Callable[[jax.Array], jax.Array], num_columns: int, x: jax.Array) -> jax.Array:
-    """`function` of features [n, columns] on a batch [batch, n], as many columns at a time."""
-
-    def of_block(block: jax.Array) -> jax.Array:
-        return row_major(function(_features_first(block))).astype(x.dtype).T
-
-    blocks = _blocks(x, num_columns)
-    y = of_block(blocks[0]) if len(blocks) == 1 else jax.lax.map(of_block, blocks)
-    return y.reshape(-1, y.shape[-1])[: len(x)]
-
-
-def _blocks(x: jax.Array, num_columns: int) -> jax.Array:
-    """[batch, n] -> [blocks, samples, n], at least one and at most `num_columns` samples each; missing ones are zero."""
-    num_blocks = max(1, -(-len(x) // num_columns))
-    num_samples = max(1, -(-len(x) // num_blocks))
-    missing = num_blocks * num_samples - len(x)
-    x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
-    return x.reshape(num_blocks, num_samples, x.shape[-1])
-
-
-def _features_first(block: jax.Array) -> jax.Array:
-    return _accumulable(row_major(block.T))
-
-
-def _accumulable(x: jax.Array) -> jax.Array:
-    """In a dtype in which sums keep the precision of their terms."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+FEATURES = Features()
