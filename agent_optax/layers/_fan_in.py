@@ -12,6 +12,7 @@ import numpy as np
 
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.layers._connections import Connections
+from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
 
 SMALLEST_PRODUCT = 8  # outputs of a group from which on one matrix product a group is faster than sums of rows
@@ -216,7 +217,9 @@ class FanIn(Connections):
         """[*lookups, columns], [outputs, columns] -> [outputs, k]."""
         if self.transposed is not None:
             return products_of_rows(self._sources().T, z, dy).T
-        return self.out_of_groups(jnp.einsum("gob,gkb->gok", self.in_groups(dy), z))
+        # Outputs last, and transposed then: twice as fast as the product with outputs first, which XLA would make of it.
+        by_group = row_major(jnp.einsum("gkb,gob->gko", z, self.in_groups(dy)))
+        return self.out_of_groups(by_group.swapaxes(1, 2))
 
     def in_groups(self, rows: jax.Array) -> jax.Array:
         """[outputs, n] -> [groups, G, n]; what the last group lacks is zero."""
