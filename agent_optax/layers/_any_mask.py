@@ -58,11 +58,12 @@ class AnyMask(Connections):
 
     @classmethod
     def random(cls, key: jax.Array, *, inputs: int, outputs: int, density: float) -> AnyMask:
-        r"""Weights drawn at random, :math:`\max(1, \mathrm{round}(\text{density} \times \text{inputs} \times
-        \text{outputs}))` of them.
+        r"""Weights drawn at random.
+
+        There are :math:`\max(1, \mathrm{round}(\text{density} \times \text{inputs} \times \text{outputs}))` of them.
 
         Args:
-            key: a random key.
+            key: a random key, a known one: not under `jax.jit`.
             inputs: the number of inputs.
             outputs: the number of outputs.
             density: the share of weights that exist, in [0, 1].
@@ -71,7 +72,7 @@ class AnyMask(Connections):
             The connections.
 
         Raises:
-            ValueError: if a number is out of range, or there are more than 2^31 - 1 positions.
+            ValueError: if a number is out of range.
         """
         check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
         check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
@@ -144,7 +145,9 @@ class AnyMask(Connections):
 
     def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
         """[inputs, columns], [outputs, columns] -> [N]."""
-        products = products_of_rows(self.rows.sources, z, rows_of(dy, self.rows.segments))
+        products = products_of_rows(
+            self.rows.sources, z, rows_of(dy, jnp.minimum(self.rows.segments, self.outputs - 1))
+        )
         return products.reshape(-1)[self.slots]
 
     def _positions(self) -> tuple[jax.Array, jax.Array]:

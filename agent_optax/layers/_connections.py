@@ -65,8 +65,8 @@ class Connections:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         raise NotImplementedError
 
-    # The three sides of the trilinear form sum_o dy_o W_oi z_i, for a block of columns, features first; z are the inputs
-    # that `lookups` names.
+    # The three sides of the trilinear form sum_o dy_o W_oi z_i, for a block of columns, features first; z are the
+    # inputs that `lookups` names.
 
     @property
     def lookups(self) -> jax.Array | None:

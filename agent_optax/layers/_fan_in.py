@@ -217,7 +217,8 @@ class FanIn(Connections):
         """[*lookups, columns], [outputs, columns] -> [outputs, k]."""
         if self.transposed is not None:
             return products_of_rows(self._sources().T, z, dy).T
-        # Outputs last, and transposed then: twice as fast as the product with outputs first, which XLA would make of it.
+        # Outputs last, and transposed then: up to twice as fast as the product with outputs first, which XLA would make
+        # of the two if the layout between them were not fixed.
         by_group = row_major(jnp.einsum("gkb,gob->gko", z, self.in_groups(dy)))
         return self.out_of_groups(by_group.swapaxes(1, 2))
 
@@ -243,13 +244,13 @@ def fan_in(inputs: int, density: float) -> int:
 
 def as_mask(mask: Any) -> np.ndarray:
     """The mask in NumPy, checked."""
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
         raise TypeError("mask must be known: its number of True entries is a shape. Build connections outside jax.jit.")
     array = np.asarray(mask)
     if array.ndim != 2 or array.dtype != bool or 0 in array.shape:
         raise ValueError(
-            f"mask must be a bool array [inputs, outputs], got {array.dtype} {list(array.shape)}. Reshape the mask of a "
-            "convolution to [height * width * channels in, channels out]."
+            f"mask must be a bool array [inputs, outputs], got {array.dtype} {list(array.shape)}. Reshape the mask of "
+            "a convolution to [height * width * channels in, channels out]."
         )
     return array
 
@@ -266,7 +267,7 @@ def _connect(indices: jax.Array, inputs: int, outputs: int, group: int) -> FanIn
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _random_indices(key: jax.Array, num_groups: int, inputs: int, k: int) -> jax.Array:
-    """k different numbers below `inputs` for each group, sorted; one group at a time, to bound the memory."""
+    """Draws k different numbers below `inputs` for each group, sorted; one group at a time, to bound the memory."""
 
     def draw(key: jax.Array) -> jax.Array:
         return jnp.sort(jax.lax.top_k(jax.random.bits(key, (inputs,)), k)[1]).astype(jnp.int32)

@@ -42,9 +42,12 @@ class Columns:
         return (connections.inputs, num_samples)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+_custom_vjp: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+
+
+@_custom_vjp
 def sparse_product(columns: Columns, values: jax.Array, x: jax.Array, connections: Connections) -> jax.Array:
-    """y = x W, [batch, ..., inputs] -> [batch, ..., outputs]."""
+    """The product y = x W, [batch, ..., inputs] -> [batch, ..., outputs]."""
 
     def of_block(x: jax.Array) -> jax.Array:
         z = columns.looked_up(_summable(columns.features_first(x)), connections.lookups)
@@ -53,9 +56,9 @@ def sparse_product(columns: Columns, values: jax.Array, x: jax.Array, connection
     return _in_blocks(of_block, columns, connections, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_custom_vjp
 def transposed_product(columns: Columns, values: jax.Array, dy: jax.Array, connections: Connections) -> jax.Array:
-    """dx = dy W^T, [batch, ..., outputs] -> [batch, ..., inputs]."""
+    """The product dx = dy W^T, [batch, ..., outputs] -> [batch, ..., inputs]."""
 
     def of_block(dy: jax.Array) -> jax.Array:
         dz = connections.transposed_product(_summable(values), _summable(columns.output_features_first(dy)))
@@ -66,9 +69,9 @@ def transposed_product(columns: Columns, values: jax.Array, dy: jax.Array, conne
     return _in_blocks(of_block, columns, connections, dy)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_custom_vjp
 def weight_gradient(columns: Columns, x: jax.Array, dy: jax.Array, connections: Connections) -> jax.Array:
-    """dW = x^T dy where weights exist, [batch, ..., inputs], [batch, ..., outputs] -> the shape of the weights."""
+    """The entries of dW = x^T dy that exist, [batch, ..., inputs], [batch, ..., outputs] -> the shape of the weights."""
 
     def of_block(x: jax.Array, dy: jax.Array) -> jax.Array:
         z = columns.looked_up(_summable(columns.features_first(x)), connections.lookups)

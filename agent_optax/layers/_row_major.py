@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.experimental import layout
 
-_Layout = layout.Layout if hasattr(layout, "with_layout_constraint") else None
-if not hasattr(layout, "Format"):  # jax < 0.7, where Layout is what is called Format now
-    _Layout = getattr(layout, "DeviceLocalLayout", None)
+# jax < 0.7 has it by the other name, and means by Layout what is called Format now.
+_Layout: Any = layout.Layout if hasattr(layout, "Format") else getattr(layout, "DeviceLocalLayout")  # noqa: B009
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Sums of a few rows of a matrix each, and the products that are their derivatives: where no two outputs share inputs."""
+"""Sums of a few rows of a matrix each, and the products that are their derivatives."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class Rows:
     r"""Entries of a sparse matrix, sorted by row and cut into pieces of K entries each.
 
     A matrix with N entries and n rows has at most :math:`\lfloor N / K \rfloor + n` pieces, however the entries are
-    spread over the rows: the shapes depend on N and n alone. Pieces that are not full, or not used, are filled with
-    entries that do not exist: they have position N, where every array of weights is extended by a zero.
+    spread over the rows: the shapes depend on N and n alone. Pieces that are not full are filled with entries of
+    position N, where every array of weights is extended by a zero, and with a column that the row has, so that what is
+    not finite reaches no row but its own. Pieces that are not used belong to row n, which does not exist.
     """
 
     sources: jax.Array  # int32 [K, pieces]: the column of each entry
     positions: jax.Array  # int32 [K, pieces]: where its weight is in the array of weights, N if there is none
-    segments: jax.Array  # int32 [pieces], sorted: the row that a piece belongs to
+    segments: jax.Array  # int32 [pieces], sorted: the row that a piece belongs to, n if none
     num_rows: int
 
 
@@ -43,7 +44,7 @@ def split_rows(row: jax.Array, column: jax.Array, num_rows: int) -> tuple[Rows, 
 
 
 def _piece_size(num_entries: int, num_rows: int) -> int:
-    """About half the mean number of entries of a row: fewer make more pieces to add up, more leave more of them empty."""
+    """About half the mean number of entries of a row: fewer make more pieces, more leave more of them empty."""
     half = num_entries / num_rows / 2
     return min(16, max(4, 2 ** round(math.log2(max(half, 1)))))
 
@@ -61,13 +62,15 @@ def _split_rows(row: jax.Array, column: jax.Array, num_rows: int, size: int) -> 
     within = jnp.arange(n, dtype=jnp.int32) - num_before[row]
     piece = (end - pieces)[row] + within // size
     slot = (within % size) * num_pieces + piece
-    sources = jnp.zeros(size * num_pieces, jnp.int32).at[slot].set(column[order].astype(jnp.int32))
+    column = column[order].astype(jnp.int32)
+    first = jnp.zeros(num_pieces, jnp.int32).at[piece].max(jnp.where(within % size == 0, column, 0))
+    sources = jnp.tile(first, size).at[slot].set(column)
     positions = jnp.full(size * num_pieces, n, jnp.int32).at[slot].set(order)
     segments = jnp.searchsorted(end, jnp.arange(num_pieces, dtype=jnp.int32), side="right").astype(jnp.int32)
     rows = Rows(
         sources=sources.reshape(size, num_pieces),
         positions=positions.reshape(size, num_pieces),
-        segments=jnp.minimum(segments, num_rows - 1),
+        segments=segments,
         num_rows=num_rows,
     )
     return rows, jnp.zeros(n, jnp.int32).at[order].set(slot.astype(jnp.int32))
@@ -94,13 +97,13 @@ def sums_of_rows(weights: jax.Array, sources: jax.Array, x: jax.Array) -> jax.Ar
 
     sums = jnp.zeros((sources.shape[1], x.shape[1]), x.dtype)
     whole = len(sources) // NUM_TERMS * NUM_TERMS
-    passes = [array[:whole].reshape(-1, NUM_TERMS, array.shape[1]) for array in (weights, sources)]
-    sums, _ = jax.lax.scan(add, sums, tuple(passes))
+    passes = tuple(array[:whole].reshape(-1, NUM_TERMS, array.shape[1]) for array in (weights, sources))
+    sums, _ = jax.lax.scan(add, sums, (passes[0], passes[1]))
     return add(sums, (weights[whole:], sources[whole:]))[0]
 
 
 def products_of_rows(sources: jax.Array, x: jax.Array, d: jax.Array) -> jax.Array:
-    r"""[K, rows], :math:`p_{jr} = \sum_b x_{c_{jr} b}\, d_{rb}`, for c [K, rows], x [sources, columns], d [rows, columns].
+    r""":math:`p_{jr} = \sum_b x_{c_{jr} b}\, d_{rb}`, for c [K, rows], x [sources, columns] and d [rows, columns].
 
     Each inner product is `NUM_LANES` sums over every eighth column, added up by a matrix product, which XLA does not
     merge with them into one sum in order, four times as slow.

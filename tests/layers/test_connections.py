@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers_of_each_kind import KINDS, connect
 
@@ -13,6 +13,7 @@ from agent_optax import layers
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(inputs=st.integers(1, 30), outputs=st.integers(1, 30), density=st.floats(0, 1), seed=st.integers(0, 9))
+@settings(max_examples=8)
 def test_random_connections_have_the_number_that_the_density_gives(kind, inputs, outputs, density, seed):
     connections = connect(kind, inputs, outputs, density, seed)
     mask = np.asarray(connections.mask())
@@ -28,12 +29,10 @@ def test_random_connections_have_the_number_that_the_density_gives(kind, inputs,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_connections_depend_on_the_key_and_reach_every_input(kind):
-    masks = [np.asarray(connect(kind, 20, 40, 0.2, seed).mask()) for seed in range(20)]
-    assert all((mask != masks[0]).any() for mask in masks[1:])
-    mean = np.mean(masks, axis=(0, 2))  # how often an input is used: 0.2 +- 0.05 for groups of 16, three a seed
-    np.testing.assert_allclose(mean, 0.2, atol=0.21)
-    assert mean.min() > 0
+def test_random_connections_depend_on_the_key_and_use_every_input_alike(kind):
+    masks = [np.asarray(connect(kind, 10, 3200, 0.2, seed).mask()) for seed in range(2)]
+    assert (masks[0] != masks[1]).any()
+    np.testing.assert_allclose(masks[0].mean(axis=1), 0.2, atol=0.12)  # of 200 groups or more: four deviations of 0.028
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,9 +40,7 @@ def test_a_mask_gives_the_connections_that_it_came_from(kind):
     connections = connect(kind, 12, 21)
     mask = connections.mask()
     again = (
-        layers.AnyMask.from_mask(mask)
-        if kind == "any_mask"
-        else layers.FanIn.from_mask(mask, group=connections.group)
+        layers.AnyMask.from_mask(mask) if kind == "any_mask" else layers.FanIn.from_mask(mask, group=connections.group)
     )
     assert jax.tree.structure(again) == jax.tree.structure(connections)
     jax.tree.map(np.testing.assert_array_equal, again, connections)
