@@ -54,7 +54,8 @@ class Config:
         if not self.smoke:
             return self
         tiny = {"width": 16, "batch": 4, "channels": 16, "size": 4, "conv_batch": 2, "rounds": 1, "sparsities": (0.9,)}
-        return dataclasses.replace(self, layers=("fan_in:8", "any_mask"), **tiny)
+        kinds = self.layers if len(self.layers) < 3 else ("fan_in:8", "any_mask")
+        return dataclasses.replace(self, layers=kinds, **tiny)
 
 
 def connect(kind: str, key: jax.Array, inputs: int, outputs: int, sparsity: float) -> layers.Connections:

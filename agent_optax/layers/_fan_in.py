@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.layers._connections import Connections
@@ -244,7 +245,7 @@ def fan_in(inputs: int, density: float) -> int:
 
 def as_mask(mask: Any) -> np.ndarray:
     """The mask in NumPy, checked."""
-    if isinstance(mask, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(mask, Tracer):
         raise TypeError("mask must be known: its number of True entries is a shape. Build connections outside jax.jit.")
     array = np.asarray(mask)
     if array.ndim != 2 or array.dtype != bool or 0 in array.shape:

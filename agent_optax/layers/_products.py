@@ -71,7 +71,7 @@ def transposed_product(columns: Columns, values: jax.Array, dy: jax.Array, conne
 
 @_custom_vjp
 def weight_gradient(columns: Columns, x: jax.Array, dy: jax.Array, connections: Connections) -> jax.Array:
-    """The entries of dW = x^T dy that exist, [batch, ..., inputs], [batch, ..., outputs] -> the shape of the weights."""
+    """The entries of dW = x^T dy that exist, in the shape of the weights; dy is [batch, ..., outputs]."""
 
     def of_block(x: jax.Array, dy: jax.Array) -> jax.Array:
         z = columns.looked_up(_summable(columns.features_first(x)), connections.lookups)
