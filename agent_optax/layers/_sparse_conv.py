@@ -155,7 +155,7 @@ class Windows(Columns):
 
 
 def _pair(name: str, numbers: int | Sequence[int]) -> tuple[int, int]:
-    pair = (numbers, numbers) if isinstance(numbers, int) else tuple(numbers)
+    pair = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers, numbers)
     if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
         raise ValueError(f"{name} must be a whole number of at least 1, or two of them, got {numbers!r}.")
     return pair[0], pair[1]
