@@ -16,7 +16,7 @@ from agent_optax.layers._connections import Connections
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
 
-SMALLEST_PRODUCT = 8  # outputs of a group from which on one matrix product a group is faster than sums of rows
+SMALLEST_PRODUCT = 16  # outputs of a group from which on one matrix product a group is faster than sums of rows
 LARGEST_GATHER = 2**24  # numbers: inputs of all groups that are looked up at a time, to bound the memory
 
 
@@ -33,7 +33,7 @@ class FanIn(Connections):
         y_o = \sum_{j=1}^{k} v_{oj}\, x_{c_{gj}}, \qquad g = \lfloor o / G \rfloor
 
     With weights v [outputs, k] and inputs c [groups, k], sorted. G = 1 is constant fan-in. The larger G is, the faster:
-    a group is one small matrix product, and its inputs are looked up once. Groups of fewer than eight outputs are
+    a group is one small matrix product, and its inputs are looked up once. Groups of fewer than 16 outputs are
     computed as sums of rows, output by output. If G does not divide the outputs, the last group is smaller, and every
     entry of the weights is a weight nevertheless.
 
@@ -41,7 +41,7 @@ class FanIn(Connections):
 
     Attributes:
         indices: int32 [groups, k]: the inputs of each group.
-        transposed: for G < 8, the outputs of each input, for the gradient with respect to x; else None.
+        transposed: for G < 16, the outputs of each input, for the gradient with respect to x; else None.
         inputs: the number of inputs.
         outputs: the number of outputs.
         group: G.

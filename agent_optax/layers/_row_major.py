@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.experimental import layout
 
-# jax < 0.7 has it by the other name, and means by Layout what is called Format now.
-_Layout: Any = layout.Layout if hasattr(layout, "Format") else getattr(layout, "DeviceLocalLayout")  # noqa: B009
+# jax < 0.7 has it by the first name, and means by the second what is called Format now.
+_Layout: Any = getattr(layout, "DeviceLocalLayout", None) or layout.Layout
 
 
 def row_major(x: jax.Array) -> jax.Array:

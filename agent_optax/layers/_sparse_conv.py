@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def sparse_conv(
     of the kernel, counted as in a kernel [height, width, channels in, channels out] that is reshaped to two axes:
     input :math:`(i\, k_w + j)\, c_{in} + c`. What is said of derivatives and precision at `sparse_dot` holds here.
 
-    For `FanIn` with groups of eight outputs or more, only the windows of x that a group needs are looked up. For other
+    For `FanIn` with groups of 16 outputs or more, only the windows of x that a group needs are looked up. For other
     connections all windows of x are laid out first, which takes kernel height times width of the memory of x.
 
     Args:
@@ -155,7 +156,7 @@ class Windows(Columns):
 
 
 def _pair(name: str, numbers: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers, numbers)
+    pair: tuple[Any, ...] = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers, numbers)
     if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
         raise ValueError(f"{name} must be a whole number of at least 1, or two of them, got {numbers!r}.")
     return pair[0], pair[1]

@@ -16,7 +16,7 @@ from agent_optax import layers
 BATCH, WIDTH = 24, 40
 
 
-@pytest.mark.parametrize("kind", ["fan_in:8", "fan_in:1", "any_mask"])
+@pytest.mark.parametrize("kind", ["fan_in:16", "fan_in:1", "any_mask"])
 def test_a_network_transposes_its_inputs_once(kind):
     connections = [connect(kind, WIDTH, WIDTH, seed=seed) for seed in range(3)]
 

@@ -104,7 +104,7 @@ def test_bfloat16(kind):
     ],
 )
 def test_errors_quote_the_value(options, message):
-    connections = connect("fan_in:8", 27, 8)
+    connections = connect("fan_in:16", 27, 8)
     x, values = operands(connections, (1, 4, 4, 3))
     with pytest.raises(ValueError, match=message):
         layers.sparse_conv(x, values, connections, **options)

@@ -135,7 +135,7 @@ def test_second_and_third_derivatives(kind):
 
 
 def test_forward_mode_is_refused():
-    connections = connect("fan_in:8", 9, 17)
+    connections = connect("fan_in:16", 9, 17)
     x, values, _ = operands(connections)
     with pytest.raises(TypeError, match=r"forward-mode .*custom_vjp"):
         jax.jvp(lambda x: layers.sparse_dot(x, values, connections), (x,), (x,))
@@ -187,7 +187,7 @@ def test_what_is_not_finite_stays_where_it_belongs(kind):
 
 
 def test_errors_quote_the_value():
-    connections, others = connect("fan_in:8", 9, 17), connect("fan_in:8", 30, 17)
+    connections, others = connect("fan_in:16", 9, 17), connect("fan_in:16", 30, 17)
     x, values, _ = operands(connections)
     with pytest.raises(ValueError, match=r"9 inputs on its last axis.* got the shape \[4, 8\]"):
         layers.sparse_dot(x[:, :8], values, connections)
