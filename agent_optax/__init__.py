@@ -3,6 +3,7 @@
 from agent_optax import adversarial as adversarial
 from agent_optax import analysis as analysis
 from agent_optax import coefficients as coefficients
+from agent_optax import layers as layers
 from agent_optax import memories as memories
 from agent_optax import patterns as patterns
 from agent_optax import topologies as topologies

@@ -1,4 +1,4 @@
-"""Flax Linen: a `TrainState` that hands the extra arguments on to the optimizer."""
+"""Flax Linen: a `TrainState` that hands the extra arguments on to the optimizer, and sparse layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import optax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
+from agent_optax.flax._sparse_linen import SparseConv, SparseDense
 from agent_optax.sparsity._masks import mask_params
 from agent_optax.sparsity._state import find_sparsify
 
-__all__ = ["TrainState"]
+__all__ = ["TrainState", "SparseDense", "SparseConv"]
 
 
 class TrainState(train_state.TrainState):

@@ -1,4 +1,4 @@
-"""Flax NNX: corrected gradients and sparse weights for `flax.nnx.Optimizer`."""
+"""Flax NNX: corrected gradients and sparse weights for `flax.nnx.Optimizer`, and sparse layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from flax import nnx
 
 import agent_optax
 from agent_optax.correction._evaluate import evaluation_point
+from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear, sparse_layers
 
-__all__ = ["value_and_grads", "refresh", "mask_model", "opt_state"]
+__all__ = [
+    "value_and_grads",
+    "refresh",
+    "mask_model",
+    "opt_state",
+    "SparseLinear",
+    "SparseConv",
+    "SparseConnections",
+    "sparse_layers",
+]
 
 
 def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:

@@ -1,0 +1,20 @@
+"""Sparse layers: zeros that are never touched, neither stored nor multiplied."""
+
+from agent_optax.layers._any_mask import AnyMask
+from agent_optax.layers._connections import Connections
+from agent_optax.layers._dense import from_dense, to_dense
+from agent_optax.layers._fan_in import FanIn
+from agent_optax.layers._init_values import init_values
+from agent_optax.layers._sparse_conv import sparse_conv
+from agent_optax.layers._sparse_dot import sparse_dot
+
+__all__ = [
+    "Connections",
+    "FanIn",
+    "AnyMask",
+    "sparse_dot",
+    "sparse_conv",
+    "init_values",
+    "to_dense",
+    "from_dense",
+]

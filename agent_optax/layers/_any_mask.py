@@ -1,0 +1,163 @@
+"""Any set of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agent_optax._validation import check_fraction, check_positive_int
+from agent_optax.layers._connections import Connections
+from agent_optax.layers._fan_in import as_mask
+from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "transposed", "slots"],
+    meta_fields=["inputs", "outputs"],
+)
+@dataclasses.dataclass(frozen=True)
+class AnyMask(Connections):
+    r"""Any set of weights, in an array of one axis.
+
+    .. math::
+        y_o = \sum_{n : o_n = o} v_n\, x_{i_n}
+
+    With weights v [N], sorted by output and then by input. The inputs of each output are cut into pieces of equal
+    length, so that shapes depend on the number of weights and not on where they are: masks with equal numbers run in
+    the same compiled program.
+
+    Make one with `AnyMask.random` or `AnyMask.from_mask`.
+
+    Attributes:
+        rows: the inputs of each output.
+        transposed: the outputs of each input, for the gradient with respect to x.
+        slots: int32 [N]: where each weight is in `rows`.
+        inputs: the number of inputs.
+        outputs: the number of outputs.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from agent_optax import layers
+        >>> mask = jnp.array([[True, False], [True, True], [False, False]])
+        >>> connections = layers.AnyMask.from_mask(mask)
+        >>> layers.sparse_dot(jnp.array([1.0, 10.0, 100.0]), jnp.ones(connections.values_shape), connections)
+        Array([11., 10.], dtype=float32)
+    """
+
+    rows: Rows
+    transposed: Rows
+    slots: jax.Array
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def random(cls, key: jax.Array, *, inputs: int, outputs: int, density: float) -> AnyMask:
+        r"""Weights drawn at random.
+
+        There are :math:`\max(1, \mathrm{round}(\text{density} \times \text{inputs} \times \text{outputs}))` of them.
+
+        Args:
+            key: a random key, a known one: not under `jax.jit`.
+            inputs: the number of inputs.
+            outputs: the number of outputs.
+            density: the share of weights that exist, in [0, 1].
+
+        Returns:
+            The connections.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
+        check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
+        check_fraction("density", density, "it is the share of weights that exist, such as 0.05")
+        size = inputs * outputs
+        seed = np.asarray(jax.random.bits(key, (4,)))
+        num_weights = max(1, round(density * size))
+        positions = np.sort(np.random.default_rng(seed).choice(size, num_weights, replace=False, shuffle=False))
+        return _connect(positions % inputs, positions // inputs, inputs, outputs)
+
+    @classmethod
+    def from_mask(cls, mask: Any) -> AnyMask:
+        """The connections that a mask allows.
+
+        Args:
+            mask: bool [inputs, outputs], True where a weight exists, at least once; a known one: not under `jax.jit`.
+
+        Returns:
+            The connections.
+
+        Raises:
+            ValueError: if the mask is not a bool array of two axes, or is False everywhere.
+            TypeError: if it is traced.
+        """
+        mask = as_mask(mask)
+        outputs, inputs = np.nonzero(mask.T)
+        if len(outputs) == 0:
+            raise ValueError(f"mask must be True somewhere, got one of shape {list(mask.shape)} that is nowhere.")
+        return _connect(inputs, outputs, *mask.shape)
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """[N]."""
+        return self.slots.shape[-1:]
+
+    @property
+    def num_weights(self) -> int:
+        """N: how many weights exist."""
+        return self.slots.shape[-1]
+
+    def mask(self) -> jax.Array:
+        """Bool [inputs, outputs]: True where a weight exists."""
+        return jnp.zeros((self.inputs, self.outputs), bool).at[self._positions()].set(True)
+
+    def dense(self, values: jax.Array) -> jax.Array:
+        """[inputs, outputs]: the weights as a dense kernel."""
+        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[self._positions()].set(values)
+
+    def gather(self, kernel: jax.Array) -> jax.Array:
+        """The weights of a dense kernel [inputs, outputs] that exist."""
+        return kernel[self._positions()]
+
+    @property
+    def lookups(self) -> None:
+        """All inputs."""
+        return None
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns to work on at a time."""
+        return MOST_COLUMNS
+
+    def product(self, values: jax.Array, z: jax.Array) -> jax.Array:
+        """[inputs, columns] -> [outputs, columns]."""
+        return product(self.rows, values, z)
+
+    def transposed_product(self, values: jax.Array, dy: jax.Array) -> jax.Array:
+        """[outputs, columns] -> [inputs, columns]."""
+        return product(self.transposed, values, dy)
+
+    def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
+        """[inputs, columns], [outputs, columns] -> [N]."""
+        products = products_of_rows(
+            self.rows.sources, z, rows_of(dy, jnp.minimum(self.rows.segments, self.outputs - 1))
+        )
+        return products.reshape(-1)[self.slots]
+
+    def _positions(self) -> tuple[jax.Array, jax.Array]:
+        """Input and output of each weight, [N] each."""
+        num_pieces = self.rows.segments.shape[0]
+        return self.rows.sources.reshape(-1)[self.slots], self.rows.segments[self.slots % num_pieces]
+
+
+def _connect(input_of: np.ndarray, output_of: np.ndarray, inputs: int, outputs: int) -> AnyMask:
+    input_ids, output_ids = jnp.asarray(input_of, jnp.int32), jnp.asarray(output_of, jnp.int32)
+    rows, slots = split_rows(output_ids, input_ids, outputs)
+    transposed, _ = split_rows(input_ids, output_ids, inputs)
+    return AnyMask(rows, transposed, slots, inputs, outputs)

@@ -1,0 +1,91 @@
+"""Which weights of a sparse layer exist."""
+
+from __future__ import annotations
+
+import jax
+
+
+class Connections:
+    r"""Which of the weights of a layer with `inputs` inputs and `outputs` outputs exist: `FanIn` or `AnyMask`.
+
+    Connections are a pytree of int32 arrays with static shapes: they pass through `jax.jit`, `jax.vmap` and
+    `jax.lax.scan`, are saved in checkpoints as other arrays are, and hold no weights. The weights, `values` of shape
+    `values_shape`, are an array of their own, every entry of which is a weight: any optimizer works on it as it is.
+
+    Attributes:
+        inputs: the number of inputs; kernel height times width times input channels for a convolution.
+        outputs: the number of outputs.
+        values_shape: the shape of the weights that go with these connections.
+        num_weights: how many weights exist.
+        density: `num_weights` over `inputs` times `outputs`.
+    """
+
+    inputs: int
+    outputs: int
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+        raise NotImplementedError
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights exist."""
+        raise NotImplementedError
+
+    @property
+    def density(self) -> float:
+        """The share of weights that exist."""
+        return self.num_weights / (self.inputs * self.outputs)
+
+    def forward_flops(self, num_positions: int = 1) -> int:
+        r"""Floating-point operations of a forward pass, two for each multiply-add; a backward pass takes twice as many.
+
+        .. math::
+            \mathrm{FLOPs} = 2 \times \text{positions} \times \text{weights}
+
+        Args:
+            num_positions: how often each weight is used: the batch size, times the length of sequences, or times height
+                and width of a convolution's output. Default 1.
+
+        Returns:
+            The number. That of a dense layer is this over `density`.
+        """
+        return 2 * num_positions * self.num_weights
+
+    def mask(self) -> jax.Array:
+        """Bool [inputs, outputs]: True where a weight exists."""
+        raise NotImplementedError
+
+    def dense(self, values: jax.Array) -> jax.Array:
+        """[inputs, outputs]: the weights as a dense kernel."""
+        raise NotImplementedError
+
+    def gather(self, kernel: jax.Array) -> jax.Array:
+        """The weights of a dense kernel [inputs, outputs] that exist."""
+        raise NotImplementedError
+
+    # The three sides of the trilinear form sum_o dy_o W_oi z_i, for a block of columns, features first; z are the
+    # inputs that `lookups` names.
+
+    @property
+    def lookups(self) -> jax.Array | None:
+        """int32: the inputs that the products are to be given, in this order; None for all as they are."""
+        raise NotImplementedError
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns to work on at a time."""
+        raise NotImplementedError
+
+    def product(self, values: jax.Array, z: jax.Array) -> jax.Array:
+        """[*lookups, columns] -> [outputs, columns]."""
+        raise NotImplementedError
+
+    def transposed_product(self, values: jax.Array, dy: jax.Array) -> jax.Array:
+        """[outputs, columns] -> [*lookups, columns]."""
+        raise NotImplementedError
+
+    def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
+        """[*lookups, columns], [outputs, columns] -> the shape of the weights."""
+        raise NotImplementedError

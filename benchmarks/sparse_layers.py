@@ -1,0 +1,178 @@
+"""What sparse layers cost: whole train steps of a multilayer perceptron, and convolutions, over their dense forms.
+
+All are timed side by side in one process; the dense network runs under the same plain optimizer, without masks.
+
+    python benchmarks/sparse_layers.py
+    python benchmarks/sparse_layers.py --stages mlp --width 8192 --batch 64 --layers fan_in:16 --sparsities 0.99
+    python benchmarks/sparse_layers.py --stages conv --sparsities 0.95 0.99
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from interleaved import interleaved_seconds, median_ratio, write_report
+from networks import NUM_CLASSES, NUM_INPUTS, batches
+from rich.console import Console
+from rich.table import Table
+
+from agent_optax import layers
+
+Dot = Callable[[int, jax.Array, Any], jax.Array]  # number of the layer, x, weights -> y
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    stages: tuple[Literal["mlp", "conv"], ...] = ("mlp", "conv")
+    layers: tuple[str, ...] = ("fan_in:32", "fan_in:16", "fan_in:8", "fan_in:1", "any_mask")
+    sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)
+    width: int = 2048
+    num_hidden: int = 2
+    batch: int = 128
+    momentum: float = 0.0  # of SGD, Nesterov's
+    channels: int = 256
+    size: int = 7  # height and width
+    conv_batch: int = 128
+    rounds: int = 15
+    output: Path | None = None  # where the JSON goes
+    smoke: bool = False  # tiny layers, one round: to see that it runs
+
+    def completed(self) -> Config:
+        """With the sizes of a smoke test where one is asked for."""
+        if not self.smoke:
+            return self
+        tiny = {"width": 16, "batch": 4, "channels": 16, "size": 4, "conv_batch": 2, "rounds": 1, "sparsities": (0.9,)}
+        kinds = self.layers if len(self.layers) < 3 else ("fan_in:8", "any_mask")
+        return dataclasses.replace(self, layers=kinds, **tiny)
+
+
+def connect(kind: str, key: jax.Array, inputs: int, outputs: int, sparsity: float) -> layers.Connections:
+    """Connections of a kind, "fan_in:GROUP" or "any_mask"."""
+    name, _, group = kind.partition(":")
+    if name == "any_mask":
+        return layers.AnyMask.random(key, inputs=inputs, outputs=outputs, density=1 - sparsity)
+    if name == "fan_in" and group.isdigit():
+        return layers.FanIn.random(key, inputs=inputs, outputs=outputs, density=1 - sparsity, group=int(group))
+    raise ValueError(f'layers must be "fan_in:GROUP" or "any_mask", got {kind!r}.')
+
+
+def train_step(dot: Dot, weights: list[jax.Array], config: Config) -> Callable[[], Any]:
+    """A closure that takes one step of a network with these hidden weights; its first layer needs no gradient to x."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "hidden": [(w, jnp.zeros(config.width)) for w in weights],
+        "output": jax.random.normal(keys[0], (config.width, NUM_CLASSES)) / jnp.sqrt(config.width),
+    }
+    inputs, labels = jax.tree.map(lambda a: a[0], batches(1, config.batch))
+
+    def loss_fn(params: Any) -> jax.Array:
+        x = inputs
+        for i, (w, b) in enumerate(params["hidden"]):
+            x = jax.nn.relu(dot(i, x, w) + b)
+        return optax.softmax_cross_entropy_with_integer_labels(x @ params["output"], labels).mean()
+
+    tx = optax.sgd(0.01, momentum=config.momentum or None, nesterov=bool(config.momentum))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, opt_state: Any) -> Any:
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = [(params, tx.init(params))]
+
+    def run() -> Any:
+        state[0] = step(*state[0])
+        return state[0]
+
+    return run
+
+
+def mlp_steps(config: Config) -> dict[str, Callable[[], Any]]:
+    """Whole train steps of 784-W-...-W-10."""
+    shapes = list(itertools.pairwise([NUM_INPUTS] + [config.width] * config.num_hidden))
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    normal = jax.random.normal
+    dense = [normal(key, shape) / jnp.sqrt(shape[0]) for key, shape in zip(keys, shapes, strict=True)]
+    steps = {"dense": train_step(lambda i, x, w: x @ w, dense, config)}
+    for kind, sparsity in itertools.product(config.layers, config.sparsities):
+        connections = [connect(kind, key, *shape, sparsity) for key, shape in zip(keys, shapes, strict=True)]
+        weights = [
+            normal(key, c.values_shape) / jnp.sqrt(c.density * c.inputs)
+            for key, c in zip(keys, connections, strict=True)
+        ]
+
+        def dot(i: int, x: jax.Array, w: jax.Array, connections: Any = connections) -> jax.Array:
+            return layers.sparse_dot(x, w, connections[i])
+
+        steps[f"{kind}, {sparsity:.1%}"] = train_step(dot, weights, config)
+    return steps
+
+
+def conv_steps(config: Config) -> dict[str, Callable[[], Any]]:
+    """Forward and backward passes of one 3 x 3 convolution, [batch, height, width, channels] in and out."""
+    channels, keys = config.channels, jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (config.conv_batch, config.size, config.size, channels))
+    dy = jax.random.normal(keys[1], x.shape)
+
+    def both_passes(conv: Callable[[jax.Array, jax.Array], jax.Array], weights: jax.Array) -> Callable[[], Any]:
+        def passes(x: jax.Array, weights: jax.Array, dy: jax.Array) -> Any:
+            y, gradients = jax.vjp(conv, x, weights)
+            return y, gradients(dy)
+
+        compiled = jax.jit(passes)
+        return lambda: compiled(x, weights, dy)
+
+    def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    steps = {"dense": both_passes(dense, jax.random.normal(keys[2], (3, 3, channels, channels)))}
+    for kind, sparsity in itertools.product(config.layers, config.sparsities):
+        connections = connect(kind, keys[2], 9 * channels, channels, sparsity)
+
+        def conv(x: jax.Array, values: jax.Array, connections: Any = connections) -> jax.Array:
+            return layers.sparse_conv(x, values, connections, kernel_size=3)
+
+        steps[f"{kind}, {sparsity:.1%}"] = both_passes(conv, jax.random.normal(keys[2], connections.values_shape))
+    return steps
+
+
+def main(config: Config) -> None:
+    """Prints a table for each stage; writes JSON."""
+    config = config.completed()
+    rows = []
+    titles = {
+        "mlp": f"train step, {NUM_INPUTS}-{'-'.join([str(config.width)] * config.num_hidden)}-{NUM_CLASSES}, "
+        f"batch {config.batch}, momentum {config.momentum:g}",
+        "conv": f"3 x 3 convolution, {config.channels} channels, {config.size} x {config.size}, "
+        f"batch {config.conv_batch}, forward and backward",
+    }
+    for stage in config.stages:
+        steps = {"mlp": mlp_steps, "conv": conv_steps}[stage](config)
+        seconds = interleaved_seconds(steps, config.rounds)
+        table = Table(title=titles[stage])
+        for column in ("layer", "ms", "ratio to dense"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for name in steps:
+            milliseconds = 1e3 * statistics.median(seconds[name])
+            ratio = median_ratio(seconds, name, "dense")
+            rows.append({"stage": stage, "layer": name, "ms": milliseconds, "ratio": ratio})
+            table.add_row(name, f"{milliseconds:.2f}", f"{ratio:.3f}")
+        Console(width=120).print(table)
+    write_report(config.output, config, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,15 @@
+"""Connections of every kind, and what they are compared with."""
+
+import jax
+
+from agent_optax import layers
+
+KINDS = ("fan_in:1", "fan_in:3", "fan_in:16", "fan_in:24", "any_mask")  # sums of rows up to groups of 15
+
+
+def connect(kind: str, inputs: int, outputs: int, density: float = 0.3, seed: int = 0) -> layers.Connections:
+    key = jax.random.key(seed)
+    if kind == "any_mask":
+        return layers.AnyMask.random(key, inputs=inputs, outputs=outputs, density=density)
+    group = int(kind.split(":")[1])
+    return layers.FanIn.random(key, inputs=inputs, outputs=outputs, density=density, group=group)
