@@ -7,12 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from agent_optax._validation import check_fraction
-from agent_optax.layers import Connections, FanIn, init_values, sparse_conv, sparse_dot
+from agent_optax.export._merge import check_inactive_are_zero, mask_of_each_leaf
+from agent_optax.layers import Connections, FanIn, connections_of, from_dense, init_values, sparse_conv, sparse_dot
 from agent_optax.sparsity import erk
+from agent_optax.sparsity._leaf_names import leaf_names
 
 Initializer = Callable[..., Any]
 
@@ -231,19 +234,85 @@ def sparse_layers(
     ]
     if not dense:
         raise ValueError("no nnx.Linear or two-dimensional nnx.Conv of the model is chosen: look at where=.")
-    if dense[0][1] is model:
-        raise ValueError("the model itself is the layer: build an agent_optax.flax.nnx.SparseLinear or SparseConv.")
     densities = distribution([layer.kernel.shape for _, layer in dense], sparsity)
-    replaced = [(path, layer, d) for (path, layer), d in zip(dense, densities, strict=True) if d < 1]
-    for path, layer, density in replaced:
-        _replace(model, path, _sparse(layer, 1 - density, group, kernel_init, rngs))
+    _swap(
+        model,
+        [
+            (path, layer, _sparse(layer, group, kernel_init, rngs, sparsity=1 - density))
+            for (path, layer), density in zip(dense, densities, strict=True)
+            if density < 1
+        ],
+    )
+
+
+def to_sparse_layers(model: nnx.Module, masks: Any, *, group: int = 16) -> None:
+    """Puts sparse layers in place of the pruned ones of a model, with their weights, in place: outputs stay the same.
+
+    What `agent_optax.sparsify` has trained as a dense kernel with zeros becomes a layer that does not touch them. Each
+    pruned `flax.nnx.Linear` becomes a `SparseLinear`, each pruned `flax.nnx.Conv` in two dimensions, without dilation
+    and feature groups, a `SparseConv`. Connections are the fastest that a mask allows: see
+    `agent_optax.layers.connections_of`. Other modules stay as they are.
+
+    Args:
+        model: the model.
+        masks: what `agent_optax.active_masks` returns, or the state of an optimizer that holds `agent_optax.sparsify`,
+            as `agent_optax.flax.nnx.opt_state` returns it.
+        group: how many consecutive outputs share their inputs, where they do. Default 16.
+
+    Raises:
+        ValueError: if `masks` does not fit the model, an inactive weight is not zero, no layer is pruned, the model
+            itself is the layer, or a layer is used in several places of the model.
+
+    Example:
+        >>> import agent_optax, agent_optax.flax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+        >>> tx = agent_optax.sparsify(
+        ...     optax.sgd(0.1), agent_optax.rigl(), sparsity=0.9, pattern=agent_optax.fan_in(group=16)
+        ... )
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> agent_optax.flax.nnx.mask_model(model, optimizer)
+        >>> before = model(jnp.ones((1, 64)))
+        >>> agent_optax.flax.nnx.to_sparse_layers(model, agent_optax.flax.nnx.opt_state(optimizer))
+        >>> type(model.layers[0]).__name__, model.layers[0].values.shape
+        ('SparseLinear', (32, 6))
+        >>> bool(jnp.allclose(model(jnp.ones((1, 64))), before, atol=1e-6))
+        True
+    """
+    params = nnx.state(model, nnx.Param)
+    masked = dict(zip(leaf_names(params), mask_of_each_leaf(params, masks), strict=True))
+    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
+    swaps = []
+    for path, layer in modules:
+        name = "/".join([*map(str, path), "kernel"])
+        if not _is_replaceable(layer) or masked.get(name) is None:
+            continue
+        kernel, mask = layer.kernel[...], masked[name]
+        check_inactive_are_zero(name, kernel, mask)
+        made = connections_of(np.asarray(mask).reshape(-1, mask.shape[-1]), group=group)
+        sparse = _sparse(layer, group, ZEROS, nnx.Rngs(0), connections=made)
+        sparse.values[...] = from_dense(kernel.reshape(-1, kernel.shape[-1]), made)
+        swaps.append((path, layer, sparse))
+    if not swaps:
+        raise ValueError("masks holds none for an nnx.Linear or two-dimensional nnx.Conv of the model.")
+    _swap(model, swaps)
+
+
+def _swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> None:
+    """Puts new layers in the places of old ones; all or none."""
+    if any(layer is model for _, layer, _ in swaps):
+        raise ValueError("the model itself is the layer: build an agent_optax.flax.nnx.SparseLinear or SparseConv.")
+    for path, _, sparse in swaps:
+        _replace(model, path, sparse)
     remaining = {id(module) for _, module in nnx.iter_modules(model)}
-    for path, layer, _ in replaced:
-        if id(layer) in remaining:
-            raise ValueError(
-                f"{'/'.join(map(str, path))} is used in several places of the model: leave it out with where=, or give "
-                "each place a layer of its own."
-            )
+    shared = ["/".join(map(str, path)) for path, layer, _ in swaps if id(layer) in remaining]
+    if shared:
+        for path, layer, _ in swaps:
+            _replace(model, path, layer)
+        raise ValueError(
+            f"{shared[0]} is used in several places of the model: leave it out with where=, or give each place a layer "
+            "of its own."
+        )
 
 
 def _connections(
@@ -297,11 +366,13 @@ def _padding(layer: nnx.Conv) -> Any:
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
 
 
-def _sparse(layer: Any, sparsity: float, group: int, kernel_init: Initializer | None, rngs: nnx.Rngs) -> nnx.Module:
-    """A sparse layer of the same shape, with the same bias."""
+def _sparse(
+    layer: Any, group: int, kernel_init: Initializer | None, rngs: nnx.Rngs, **which: Any
+) -> SparseLinear | SparseConv:
+    """A sparse layer of the same shape, with the same bias; `which` is its sparsity, or its connections."""
     *window, inputs, outputs = layer.kernel.shape
     options: dict[str, Any] = {
-        "sparsity": sparsity,
+        **which,
         "group": group,
         "use_bias": layer.bias is not None,
         "dtype": layer.dtype,

@@ -13,7 +13,7 @@ from flax import nnx
 
 import agent_optax
 from agent_optax.correction._evaluate import evaluation_point
-from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear, sparse_layers
+from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear, sparse_layers, to_sparse_layers
 
 __all__ = [
     "value_and_grads",
@@ -24,6 +24,7 @@ __all__ = [
     "SparseConv",
     "SparseConnections",
     "sparse_layers",
+    "to_sparse_layers",
 ]
 
 

@@ -5,6 +5,7 @@ from agent_optax.layers._connections import Connections
 from agent_optax.layers._dense import from_dense, to_dense
 from agent_optax.layers._fan_in import FanIn
 from agent_optax.layers._init_values import init_values
+from agent_optax.layers._of_mask import connections_of
 from agent_optax.layers._sparse_conv import sparse_conv
 from agent_optax.layers._sparse_dot import sparse_dot
 
@@ -12,6 +13,7 @@ __all__ = [
     "Connections",
     "FanIn",
     "AnyMask",
+    "connections_of",
     "sparse_dot",
     "sparse_conv",
     "init_values",

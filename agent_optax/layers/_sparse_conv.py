@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from agent_optax.layers._connections import Connections
 from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
+from agent_optax.layers._sharding import with_automatic_axes
 from agent_optax.layers._sparse_dot import check_operands
 
 
@@ -83,8 +84,12 @@ def sparse_conv(
         raise ValueError(
             f"a kernel of {kernel[0]} x {kernel[1]} does not fit into the {height} x {width} of x with padding {pads}."
         )
-    y = sparse_product(windows, values, x.reshape(-1, height, width, channels), connections)
-    return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    def convolve(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
+        y = sparse_product(windows, values, x.reshape(-1, height, width, channels), connections)
+        return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    return with_automatic_axes(convolve, num_whole=2)(x, values, connections)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from agent_optax.layers._connections import Connections
 from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import rows_of
+from agent_optax.layers._sharding import with_automatic_axes
 
 
 def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
@@ -31,6 +32,9 @@ def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax
     Products of 16-bit numbers are added up in float32. Large batches are worked on in blocks of columns, which stay in
     the cache. Inside, features come first: between two sparse layers and the elementwise functions that follow them XLA
     keeps that layout, so that a network transposes its inputs and outputs once.
+
+    On a mesh, `x` may be split along its batch axes and the weights of `FanIn` along their outputs; axes that are
+    explicit are automatic inside, and the output is split as both are.
 
     Args:
         x: float [..., inputs].
@@ -60,6 +64,10 @@ def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax
             f"x must have {connections.inputs} inputs on its last axis, as the connections have, got the shape "
             f"{list(x.shape)}."
         )
+    return with_automatic_axes(_dot, num_whole=0)(x, values, connections)
+
+
+def _dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
     y = sparse_product(FEATURES, values, x.reshape(-1, connections.inputs), connections)
     return y.reshape(*x.shape[:-1], connections.outputs)
 

@@ -19,12 +19,13 @@ MAX_COUNT = 2**31 - 1  # of an int32
 
 # Names of leaves in Flax, Hugging Face's Flax models, Haiku, Equinox and big_vision that are no kernels, though they
 # may have two axes or more in attention and in stacked layers: biases and scales, tables whose rows are looked up and
-# not multiplied, tokens and positions that are added to activations, and factors that are small already.
+# not multiplied, tokens and positions that are added to activations, factors that are small already, and the values of
+# sparse layers.
 NEVER_PRUNED = frozenset(
     "b beta bias biases offset gain gamma layer_scale scale scales embed embedding embedding_table embeddings "
     "position_embeddings pos pos_embed pos_embedding pos_emb position position_embedding positional_embedding "
     "positions rel_embedding rel_pos_bias relative_attention_bias relative_position_bias_table cls cls_token "
-    "class_embedding class_token dist_token mask_token probe query_tokens register_tokens lora_a lora_b".split()
+    "class_embedding class_token dist_token mask_token probe query_tokens register_tokens lora_a lora_b values".split()
 )
 # Components of a path below which nothing is a kernel, whatever its name: layers of normalization. And those whose own
 # ``weight`` or ``w`` is a table.
@@ -44,7 +45,7 @@ def kernels(params: optax.Params) -> Any:
     - tables of embeddings, of which each batch looks up few rows: ``embedding``, ``embeddings``, or the ``weight`` or
       ``w`` of a layer called ``embed``, ``wte`` or the like;
     - tokens and positions, which are added and not multiplied: ``cls``, ``mask_token``, ``pos_embedding``, ``pos``;
-    - factors of LoRA, which are small already.
+    - factors of LoRA, which are small already, and the ``values`` of sparse layers, all of which exist.
 
     `named` chooses those, or anything else.
 

@@ -191,7 +191,8 @@ def test_errors_quote_the_value():
         swap(nnx.Linear(3, 4, rngs=rngs), sparsity=0.5, rngs=rngs)
     shared = nnx.Linear(4, 4, rngs=rngs)
     with pytest.raises(ValueError, match=r"layers/\d is used in several places"):
-        swap(nnx.Sequential(shared, shared), sparsity=0.5, rngs=rngs)
+        swap(twice := nnx.Sequential(shared, shared), sparsity=0.5, rngs=rngs)
+    assert twice.layers[0] is twice.layers[1] is shared  # nothing half-done
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\), got 1\.5"):
         swap(Transformer(), sparsity=1.5, rngs=rngs)
 
@@ -233,3 +234,61 @@ def test_linen_state_trains_the_values_only():
     assert values[-1] < 0.1 * values[0]
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\), got 2"):
         agent_optax.flax.linen.SparseDense(3, sparsity=2.0).init(jax.random.key(0), X)
+
+
+class ConvNet(nnx.Module):
+    """A convolution, and layers with groups of outputs that do and do not divide."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(4, 32, (3, 3), strides=2, rngs=rngs)
+        self.hidden = nnx.Linear(32, 40, rngs=rngs)
+        self.head = nnx.Linear(40, 5, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.conv(x)).mean((1, 2))
+        return self.head(nnx.relu(self.hidden(x)))
+
+
+PATTERNS = {
+    "fan_in(group=16)": (agent_optax.fan_in(group=16), [16, 16, 16]),
+    "fan_in()": (agent_optax.fan_in(), [1, 1, 1]),
+    "none": (None, [None, None, None]),
+}
+
+
+@pytest.mark.parametrize("storage", ["dense", "compact"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pruned_model_becomes_sparse_layers_with_equal_outputs(pattern: str, storage: str) -> None:
+    chosen, groups = PATTERNS[pattern]
+    model = ConvNet()
+    tx = agent_optax.sparsify(
+        optax.sgd(0.1), agent_optax.rigl(1), sparsity=0.8, distribution=agent_optax.uniform, pattern=chosen,
+        storage=storage,
+    )  # fmt: skip
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    agent_optax.flax.nnx.mask_model(model, optimizer)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model))
+    state = agent_optax.flax.nnx.opt_state(optimizer)
+    num_active = sum(int(mask.sum()) for mask in jax.tree.leaves(agent_optax.active_masks(state, model)))
+    expected = model(x)
+    agent_optax.flax.nnx.to_sparse_layers(model, state)
+    layers = [model.conv, model.hidden, model.head]
+    assert [getattr(layer.connections.get_value(), "group", None) for layer in layers] == groups
+    assert sum(layer.values.size for layer in layers) == num_active
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    grads = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model)
+    assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(model, nnx.Param))
+
+
+def test_a_model_without_pruned_layers_stays_as_it_is() -> None:
+    model = ConvNet()
+    masks = jax.tree.map(lambda p: None, nnx.state(model, nnx.Param))
+    with pytest.raises(ValueError, match="masks holds none"):
+        agent_optax.flax.nnx.to_sparse_layers(model, masks)
+    masks = agent_optax.magnitude_masks(nnx.state(model, nnx.Param), 0.5)
+    with pytest.raises(ValueError, match="inactive weights of conv/kernel are not zero"):
+        agent_optax.flax.nnx.to_sparse_layers(model, masks)
+    assert type(model.conv) is nnx.Conv and type(model.hidden) is nnx.Linear

@@ -17,7 +17,7 @@ def split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     axis %= x.ndim
     number = x.shape[axis] // size
     shape = (*x.shape[:axis], number, size, *x.shape[axis + 1 :])
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     if spec is None:
         return x.reshape(shape)
     names = spec[axis]
@@ -28,14 +28,14 @@ def split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 def join_axes(x: jax.Array, like: jax.Array) -> jax.Array:
     """What `split_axis` made of an array shaped and laid out as `like`, whole again."""
-    spec = _explicit_spec(like)
+    spec = explicit_spec(like)
     return x.reshape(like.shape) if spec is None else jax.lax.reshape(x, like.shape, out_sharding=_like(like, spec))
 
 
 def reshape_after(x: jax.Array, num_kept: int, shape: tuple[int, ...]) -> jax.Array:
     """The axes after the first `num_kept` in this shape; with explicit sharding each device has them whole then."""
     shape = (*x.shape[:num_kept], *shape)
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     if spec is None:
         return x.reshape(shape)
     return jax.lax.reshape(x, shape, out_sharding=_like(x, (*spec[:num_kept], *(None,) * (len(shape) - num_kept))))
@@ -44,7 +44,7 @@ def reshape_after(x: jax.Array, num_kept: int, shape: tuple[int, ...]) -> jax.Ar
 def merge_last_axes(x: jax.Array) -> jax.Array:
     """The last two axes as one, laid out as the first of them; with explicit sharding the last one must be whole."""
     shape = (*x.shape[:-2], x.shape[-2] * x.shape[-1])
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     return x.reshape(shape) if spec is None else jax.lax.reshape(x, shape, out_sharding=_like(x, spec[:-1]))
 
 
@@ -53,7 +53,7 @@ def merge_axes(x: jax.Array, first: int, number: int) -> jax.Array:
     if number == 1:
         return x
     shape = (*x.shape[:first], math.prod(x.shape[first : first + number]), *x.shape[first + number :])
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     if spec is None:
         return x.reshape(shape)
     for axis in range(first + 1, first + number):
@@ -66,7 +66,7 @@ def split_merged(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> jax.Array:
     if len(sizes) == 1:
         return x
     shape = (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     if spec is None:
         return x.reshape(shape)
     spec = (*spec[: axis + 1], *(None,) * (len(sizes) - 1), *spec[axis + 1 :])
@@ -75,7 +75,7 @@ def split_merged(x: jax.Array, axis: int, sizes: tuple[int, ...]) -> jax.Array:
 
 def whole_axis(x: jax.Array, axis: int) -> jax.Array:
     """With explicit sharding, gathered along an axis."""
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     if spec is None or spec[axis] is None:
         return x
     return jax.sharding.reshard(x, _like(x, (*spec[:axis], None, *spec[axis + 1 :])))
@@ -83,13 +83,13 @@ def whole_axis(x: jax.Array, axis: int) -> jax.Array:
 
 def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """With explicit sharding, over the devices as `like` is."""
-    spec = _explicit_spec(like)
-    return x if spec is None or spec == _explicit_spec(x) else jax.sharding.reshard(x, _like(like, spec))
+    spec = explicit_spec(like)
+    return x if spec is None or spec == explicit_spec(x) else jax.sharding.reshard(x, _like(like, spec))
 
 
 def explicit_parts(x: jax.Array) -> tuple[int, ...]:
     """Into how many parts each axis is split over devices, as far as the type of the array tells."""
-    spec = _explicit_spec(x)
+    spec = explicit_spec(x)
     return (1,) * x.ndim if spec is None else tuple(_num_devices(x, names) for names in spec)
 
 
@@ -97,7 +97,7 @@ def _num_devices(x: jax.Array, names: str | tuple[str, ...] | None) -> int:
     return math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _as_tuple(names))
 
 
-def _explicit_spec(x: jax.Array) -> tuple[str | tuple[str, ...] | None, ...] | None:
+def explicit_spec(x: jax.Array) -> tuple[str | tuple[str, ...] | None, ...] | None:
     """What each axis is laid over; None unless the types of arrays say so."""
     sharding = jax.typeof(x).sharding
     is_explicit = AxisType.Explicit in sharding.mesh.axis_types

@@ -1,0 +1,85 @@
+"""Sparse products on a mesh of eight devices, split along batch and outputs: the numbers of one device."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from agent_optax import layers
+
+pytestmark = pytest.mark.devices
+
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
+
+INPUTS, OUTPUTS = 36, 32
+KINDS = {
+    "groups": layers.FanIn.random(jax.random.key(0), inputs=INPUTS, outputs=OUTPUTS, density=0.2, group=16),
+    "single": layers.FanIn.random(jax.random.key(0), inputs=INPUTS, outputs=OUTPUTS, density=0.2, group=1),
+    "any mask": layers.AnyMask.random(jax.random.key(0), inputs=INPUTS, outputs=OUTPUTS, density=0.2),
+}
+
+
+def dot(x: jax.Array, values: jax.Array, connections: Any) -> jax.Array:
+    return layers.sparse_dot(x, values, connections)
+
+
+def conv(x: jax.Array, values: jax.Array, connections: Any) -> jax.Array:
+    return layers.sparse_conv(x, values, connections, kernel_size=3)
+
+
+PRODUCTS = {"dot": (dot, (8, 3, INPUTS)), "conv": (conv, (8, 5, 4, 4))}
+
+if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+
+    @pytest.mark.parametrize("part", ["Auto", "Explicit"])
+    def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
+        done = subprocess.run(
+            command,
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert re.search(r"\d+ passed", done.stdout)
+
+else:
+
+    @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("product", PRODUCTS)
+    def test_value_and_gradients_of_one_device(product: str, kind: str, axis_type: str) -> None:
+        function, shape = PRODUCTS[product]
+        connections = KINDS[kind]
+        x = jax.random.normal(jax.random.key(1), shape)
+        values = jax.random.normal(jax.random.key(2), connections.values_shape)
+
+        def loss(x: jax.Array, values: jax.Array, connections: Any) -> tuple[jax.Array, jax.Array]:
+            y = function(x, values, connections)
+            return jnp.sum(jnp.sin(y)), y
+
+        evaluate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        expected = evaluate(x, values, connections)
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, axis_type),) * 2)
+        by_batch = NamedSharding(mesh, PartitionSpec("data"))
+        by_output = NamedSharding(mesh, PartitionSpec("model" if values.ndim == 2 else None))
+        with set_mesh(mesh):
+            own = jax.device_put(connections, NamedSharding(mesh, PartitionSpec()))
+            found = evaluate(jax.device_put(x, by_batch), jax.device_put(values, by_output), own)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+        (_, y), (dx, _) = found
+        if axis_type == "Explicit":
+            assert dx.sharding.is_equivalent_to(by_batch, x.ndim)
+            assert y.sharding.spec[0] == "data" and (kind == "any mask" or y.sharding.spec[-1] == "model")
