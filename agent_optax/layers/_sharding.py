@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -29,7 +30,7 @@ def with_automatic_axes(function: Product, num_whole: int) -> Product:
         if outputs in batch:
             outputs = None
         layout = PartitionSpec(*batch, *(None,) * num_whole, outputs)
-        automatic: Product = jax.sharding.auto_axes(function, out_sharding=layout)
+        automatic: Any = jax.sharding.auto_axes(function, out_sharding=layout)
         return automatic(x, values, connections)
 
     return call
