@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 FEWEST_IN_A_LOOP = 4  # a loop keeps a copy of a layer and of all outputs: a few layers take less memory without
 
@@ -42,6 +43,17 @@ def map_layers(
         for i, output in zip(members, outputs, strict=True):
             results[i] = output
     return results, totals
+
+
+def in_one_program(function: Callable[..., Any], static: Any, arrays: Sequence[jax.Array], *others: Any) -> Any:
+    """``function(static, arrays, *others)``, compiled as a whole: outside `jax.jit` each operation would be by itself.
+
+    Not where known arrays lie on several devices: a program of its own lays its outputs out as it likes, and single
+    operations as their operands are.
+    """
+    is_spread = any(not isinstance(x, Tracer) and len(x.sharding.device_set) > 1 for x in map(jnp.asarray, arrays))
+    run = function if is_spread else jax.jit(function, static_argnums=0, inline=True)
+    return run(static, arrays, *others)
 
 
 def _map_equal(function: Callable[..., Any], layers: Sequence[Any], rows: Sequence[jax.Array]) -> tuple[list[Any], Any]:

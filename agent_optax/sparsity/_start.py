@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from agent_optax._validation import is_concrete_number
 from agent_optax.sparsity._axes import Axes, Shape
 from agent_optax.sparsity._densities import densities
 from agent_optax.sparsity._distribution import Distribution
-from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._equal_layers import in_one_program, map_layers
 from agent_optax.sparsity._floors import Floor, with_floors
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._pattern import Pattern
@@ -61,7 +60,7 @@ def random_start(
     of_leaf = [tuple(next(remaining) for _ in range(leaf.num_layers)) for leaf in pruned]
     kinds = tuple((leaf.pattern, leaf.axes, own) for leaf, own in zip(pruned, of_leaf, strict=True))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([leaf.index for leaf in pruned], jnp.int32))
-    masks = _random_masks(kinds, [leaves[leaf.index] for leaf in pruned], keys)
+    masks = in_one_program(_random_masks, kinds, [leaves[leaf.index] for leaf in pruned], keys)
     tree = list[Any]([optax.MaskedNode()] * len(leaves))
     counts = list(tree)
     for leaf, mask, own in zip(pruned, masks, of_leaf, strict=True):
@@ -71,7 +70,6 @@ def random_start(
     return Start(treedef.unflatten(tree), treedef.unflatten(counts), targets)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program, for `init` is often outside any jit
 def _random_masks(
     kinds: tuple[tuple[Pattern, Axes, tuple[int, ...]], ...], likes: list[jax.Array], keys: jax.Array
 ) -> list[jax.Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import find_corrections
-from agent_optax.sparsity._equal_layers import map_layers
+from agent_optax.sparsity._equal_layers import in_one_program, map_layers
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._rewiring import when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
@@ -66,7 +65,8 @@ class Compact(Storage):
         packed = jax.tree.map(lambda mask: pack_bits(mask, parts_of(mask)), start.masks)
 
         masks, treedef = jax.tree.flatten(start.masks)
-        indices = _positions(tuple(jax.tree.leaves(start.counts)), jax.tree.leaves(packed), masks)
+        counts = tuple(jax.tree.leaves(start.counts))
+        indices = in_one_program(_positions, counts, jax.tree.leaves(packed), masks)
         active = CompactActive(
             indices=treedef.unflatten(indices),
             point_indices=None,
@@ -135,7 +135,6 @@ class Compact(Storage):
         return jax.tree.map(lambda u: SparseUpdate(u) if is_entries(u) else u, updates, is_leaf=is_entries)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program, for `init` is often outside any jit
 def _positions(counts: tuple[int, ...], packed: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
     """The positions of the set bits of each leaf."""
 
