@@ -140,7 +140,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         TypeError,
         ("axes must be a function", "lambda name, shape", "got Axes(stack=(), spatial=(), inputs=(0,), outputs=(1,))"),
     ),
-    "no axes from the function": (lambda: sparse(axes=lambda name, shape: 0), TypeError, ("dense/bias", "gave 0")),
+    "no axes from the function": (lambda: sparse(axes=lambda name, shape: 0), TypeError, ("dense/kernel", "gave 0")),
     "an axis without a role": (
         lambda: sparse(axes=lambda name, shape: agent_optax.Axes(inputs=0) if "kernel" in name else None),
         ValueError,

@@ -1,13 +1,10 @@
 """The cases of the registry under explicit sharding, on a mesh of eight devices, in a process that has them."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import chex
+import eight_devices
 import jax
 import optax
 import pytest
@@ -17,8 +14,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import agent_optax
 
 GATHERS = r"all-gather|all-to-all|collective-permute"
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 
 PARTITION = {
     "dense": {"bias": PartitionSpec("x"), "kernel": PartitionSpec("x", None)},
@@ -38,21 +33,11 @@ def types(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: str(jax.typeof(leaf)), tree)
 
 
-if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+if not eight_devices.ARE_HERE:
 
     @pytest.mark.parametrize("part", ["sharding_types", pytest.param("not sharding_types", marks=pytest.mark.devices)])
     def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
-        done = subprocess.run(
-            command,
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert re.search(r"\d+ passed", done.stdout)
+        eight_devices.run_tests(__file__, part, pytestconfig.rootpath)
 
 else:
 
@@ -62,7 +47,7 @@ else:
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
     def test_sharding_types(case: Case, mesh: jax.sharding.Mesh) -> None:
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             tx = case.make()
             params = sharded_params(case, mesh)
             started = jax.eval_shape(lambda params: case.start(tx, params), params)
@@ -86,7 +71,7 @@ else:
     def test_values_equal_those_of_one_device(case: Case, mesh: jax.sharding.Mesh) -> None:
         tx = case.make()
         expected = jit(lambda params: case.run(tx, *case.start(tx, params)))(initial_params())
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             params = sharded_params(case, mesh)
             result = jit(lambda params: case.run(tx, *case.start(tx, params)))(params)
             assert len(result[0]["dense"]["kernel"].sharding.device_set) == 8
@@ -107,7 +92,7 @@ else:
     def test_topology_update_gathers_nothing(name: str, mesh: jax.sharding.Mesh) -> None:
         case = CASES[name]
         tx = case.make()
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             params = sharded_params(case, mesh)
             opt_state = jax.jit(tx.init)(params)
             program = jax.jit(tx.update).lower(params, opt_state, params, old_grads=params).compile().as_text()
@@ -120,7 +105,7 @@ else:
     def test_tiles_that_lie_on_one_device_are_not_gathered(pattern: Any, mesh: jax.sharding.Mesh) -> None:
         sparsity = None if pattern.density else 0.5
         tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.rigl(update_every=1), sparsity=sparsity, pattern=pattern)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             rows = NamedSharding(mesh, PartitionSpec("x", None))
             params = jax.device_put(jax.random.normal(jax.random.key(0), (32, 6)), rows)
             opt_state = jax.jit(tx.init)(params)

@@ -146,14 +146,16 @@ def sparsity_summary(
 
     names = leaf_names(params)
     shapes = [jnp.shape(leaf) for leaf in leaves]
-    all_axes = axes_of_leaves(axes, names, shapes)
+    pruned_indices = [i for i, mask in enumerate(active) if mask is not None]
+    own_axes = dict(zip(pruned_indices, axes_of_leaves(axes, names, shapes, pruned_indices), strict=True))
     layers, pruned = [], []
-    for i, (name, shape, (own, _)) in enumerate(zip(names, shapes, all_axes, strict=True)):
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
         dense = None if flops is None else flops[i]
         if active[i] is None:
             size = math.prod(shape)
             layers.append(LayerSummary(name, shape, size, size, None, dense, dense))
             continue
+        own = own_axes[i].axes
         own_ever = None if ever[i] is None else own.unstacked(ever[i])
         for k, mask in enumerate(own.unstacked(jnp.asarray(active[i]))):
             num_active = int(jnp.sum(mask, dtype=jnp.int32))

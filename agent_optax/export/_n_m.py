@@ -86,9 +86,8 @@ def n_m_report(
     if axis not in ("inputs", "outputs"):
         raise ValueError(f"axis must be 'inputs' or 'outputs', got {axis!r}: axes= says which those are.")
     reports = {}
-    for name, leaf, (own, is_known) in zip(
-        names, leaves, axes_of_leaves(axes, names, [jnp.shape(leaf) for leaf in leaves]), strict=True
-    ):
+    found = axes_of_leaves(axes, names, [jnp.shape(leaf) for leaf in leaves], range(len(leaves)))
+    for name, leaf, (own, is_known) in zip(names, leaves, found, strict=True):
         if not is_known:
             raise ValueError(
                 f"nothing tells which axes of {name}, of shape {jnp.shape(leaf)}, are its inputs: say so with "

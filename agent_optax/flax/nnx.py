@@ -13,7 +13,8 @@ from flax import nnx
 
 import agent_optax
 from agent_optax.correction._evaluate import evaluation_point
-from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear, sparse_layers, to_sparse_layers
+from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear
+from agent_optax.flax._swap_nnx import sparse_layers, to_sparse_layers
 
 __all__ = [
     "value_and_grads",

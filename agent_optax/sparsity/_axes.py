@@ -122,7 +122,7 @@ class Axes:
         """The inverse of `unstacked`."""
         return self.as_leaf(jnp.stack(layers) if self.stack else layers[0], like)
 
-    def map_layers(
+    def on_each_layer(
         self, function: Callable[[Layer, jax.Array], jax.Array], leaf: Layer, key: jax.Array, like: jax.Array
     ) -> jax.Array:
         """``function(layer, key)`` of each layer of a leaf, together as a leaf again.

@@ -30,22 +30,27 @@ class LeafAxes(NamedTuple):
     is_known: bool  # False: a guess, for a leaf of three axes of which nothing tells the meaning
 
 
-def axes_of_leaves(choice: AxesChoice, names: Sequence[str], shapes: Sequence[Shape]) -> list[LeafAxes]:
-    """The axes of each leaf of a tree: those that `choice` gives for its name and shape, or else the default.
+def axes_of_leaves(
+    choice: AxesChoice, names: Sequence[str], shapes: Sequence[Shape], indices: Sequence[int]
+) -> list[LeafAxes]:
+    """The axes of the leaves of these indices in a tree: what `choice` gives for name and shape, or else the default.
 
     Raises TypeError if it gives anything but an `Axes` or None.
     """
-    tree = {tuple(name.lower().split("/")): shape for name, shape in zip(names, shapes, strict=True)}
+    paths = [tuple(name.lower().split("/")) for name in names]
+    tree = dict(zip(paths, shapes, strict=True))
     leaves = []
-    for name, shape in zip(names, shapes, strict=True):
-        chosen = None if choice is None else choice(name, shape)
-        if not isinstance(chosen, Axes | None):
+    for i in indices:
+        chosen = None if choice is None else choice(names[i], shapes[i])
+        if chosen is None:
+            leaves.append(_default_axes(paths[i], shapes[i], tree))
+        elif isinstance(chosen, Axes):
+            leaves.append(LeafAxes(chosen.of_leaf(names[i], shapes[i]), is_known=True))
+        else:
             raise TypeError(
-                f"axes= must give an agent_optax.Axes, or None for the default, for each leaf; for {name} it gave "
-                f"{chosen!r}."
+                "axes= must give an agent_optax.Axes, or None for the default, for each leaf to prune; for "
+                f"{names[i]} it gave {chosen!r}."
             )
-        default = _default_axes(tuple(name.lower().split("/")), shape, tree)
-        leaves.append(default if chosen is None else LeafAxes(chosen.of_leaf(name, shape), is_known=True))
     return leaves
 
 
@@ -78,10 +83,8 @@ def _default_axes(path: Path, shape: Shape, tree: Mapping[Path, Shape]) -> LeafA
         num_inputs = 2 if _module(path) in ATTENTION_OUT else 1
         return LeafAxes(Axes(stack, inputs=rest[:num_inputs], outputs=rest[num_inputs:]), is_known=True)
     num_outputs = 0 if bias is None else len(bias) - len(stack)
-    if (
-        bias is not None and num_outputs == 2 and tuple(shape[axis] for axis in rest[-2:]) == bias[-2:]
-    ):  # DenseGeneral to two axes
-        return LeafAxes(Axes(stack, inputs=rest[:-2], outputs=rest[-2:]), is_known=True)
+    if bias is not None and num_outputs == 2 and tuple(shape[axis] for axis in rest[-2:]) == bias[-2:]:
+        return LeafAxes(Axes(stack, inputs=rest[:-2], outputs=rest[-2:]), is_known=True)  # DenseGeneral to two axes
     is_known = len(rest) != 3 or "conv" in _module(path) or num_outputs == 1
     return LeafAxes(Axes(stack, spatial=rest[:-2], inputs=rest[-2], outputs=rest[-1]), is_known)
 
@@ -93,9 +96,8 @@ def _module(path: Path) -> str:
 
 
 def _bias(path: Path, tree: Mapping[Path, Shape]) -> Shape | None:
-    return next(
-        (tree[path[:-1] + (name,)] for name in BIAS if path[-1] in KERNEL and path[:-1] + (name,) in tree), None
-    )
+    beside = [(*path[:-1], name) for name in BIAS if path[-1] in KERNEL]
+    return next((tree[bias] for bias in beside if bias in tree), None)
 
 
 def _stack_by_bias(path: Path, shape: Shape, tree: Mapping[Path, Shape]) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from agent_optax.sparsity._groups import Groups
 
 
 class Layer(NamedTuple):
-    """A layer of a pruned leaf at a topology update: arrays [*spatial, inputs, outputs], or of its blocks."""
+    """A layer of a pruned leaf at a topology update: arrays ``[*spatial, inputs, outputs]``, or of its blocks."""
 
     weights: jax.Array  # after the optimizer step, zero where inactive
     mask: jax.Array  # bool: active

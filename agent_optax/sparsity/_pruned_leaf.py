@@ -44,11 +44,12 @@ def pruned_leaves(
 ) -> list[PrunedLeaf]:
     """The pruned leaves, in their order; ValueError where one cannot have its pattern."""
     names, shapes = leaf_names(params), [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-    all_axes = axes_of_leaves(axes, names, shapes)
     indices = [i for i, chosen in enumerate(is_pruned) if chosen]
+    patterns = patterns_of(pattern, [names[i] for i in indices])
     leaves = []
-    for i, own in zip(indices, patterns_of(pattern, [names[i] for i in indices]), strict=True):
-        of_leaf, is_known = all_axes[i]
+    for i, own, (of_leaf, is_known) in zip(
+        indices, patterns, axes_of_leaves(axes, names, shapes, indices), strict=True
+    ):
         if own.needs_axes and not is_known:
             raise ValueError(
                 f"pattern={own} depends on which axes of a leaf are inputs, and nothing tells it of {names[i]}, whose "

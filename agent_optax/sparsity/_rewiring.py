@@ -80,7 +80,7 @@ def rewired(
         def new_mask(layer: Layer, key: jax.Array) -> jax.Array:
             return pattern.entries(topology.rewire_layer(pattern.units(layer), step, key), layer.mask)
 
-        changed, changes = storage.change(stored, leaf, axes.map_layers(new_mask, leaf, key, leaf.mask))
+        changed, changes = storage.change(stored, leaf, axes.on_each_layer(new_mask, leaf, key, leaf.mask))
         return changed, changes._replace(num_grown=changes.num_dropped) if topology.keeps_counts else changes
 
     def keep_leaf(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:

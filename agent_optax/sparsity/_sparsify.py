@@ -68,8 +68,8 @@ def sparsify(
             params with None where nothing is pruned, or a function of the leaf's path such as ``"Dense_0/kernel"``;
             `distribution` is not used then.
         distribution: shares `sparsity` among leaves: `erk` (default, as in the paper), `erdos_renyi`, `uniform`, or any
-            function of shapes and sparsity. A leaf gets exactly ``round(density * size)`` active weights, but see
-            `allow_empty_layers`.
+            function of the shapes of layers, ``[*spatial, inputs, outputs]``, and sparsity. A layer gets exactly
+            ``round(density * size)`` active weights, but see `allow_empty_layers`.
         where: the leaves to prune: a function of params, or a tree of bools. Default `kernels`. Leaves that `inner`
             never updates, such as frozen ones (`optax.set_to_zero`), are left alone.
         storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds the active entries only,
@@ -87,9 +87,9 @@ def sparsify(
         grow_by: whether growth sees the ``"raw"`` dense gradient (default, as the paper) or the ``"corrected"`` one.
         stagger: whether layers change at different steps, evenly spread over the interval of the topology, so that no
             step does the work of all of them. Each layer still changes once an interval, later by its share of it.
-        allow_empty_layers: whether a leaf may start without any active weight. By default each gets one, or one block,
-            at least, because a network with an empty layer passes nothing on: a warning names the leaf, and the largest
-            leaves give what it gets, so that `sparsity` stays.
+        allow_empty_layers: whether a layer may start without any active weight. By default each gets one, or one block,
+            at least, because a network with an empty layer passes nothing on: a warning names the layer, and the
+            largest layers give what it gets, so that `sparsity` stays.
         updates: what compact storage returns. ``"arrays"`` (default): arrays like params, as dense storage does.
             ``"sparse"``: objects that hold the active entries and add themselves to a parameter (`SparseUpdate`), for
             a step in which nothing but `optax.apply_updates` sees them: it then costs what the active weights cost.

@@ -87,7 +87,7 @@ def _random_mask(
             return pattern.random_mask(numbers[0], layer.mask, key)
 
         blank = jnp.zeros_like(like, dtype=bool)
-        return axes.map_layers(random_mask, Layer(like, blank, like, None), key, like), ()
+        return axes.on_each_layer(random_mask, Layer(like, blank, like, None), key, like), ()
     masks = [
         pattern.random_mask(number, layer, jax.random.fold_in(key, i))
         for i, (number, layer) in enumerate(zip(numbers, axes.unstacked(like), strict=True))

@@ -2,13 +2,11 @@
 
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +19,6 @@ import agent_optax
 
 pytestmark = pytest.mark.devices
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 
 NUM_BATCHES, BATCH_SIZE, EPOCHS, UPDATE_EVERY = 3, 16, 2, 2
 SHAPES = {"hidden": (32, 64), "output": (64, 8)}
@@ -160,22 +156,11 @@ def bytes_on_the_wire(program: str) -> dict[str, int]:
     return total
 
 
-if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+if not eight_devices.ARE_HERE:
 
     @pytest.mark.parametrize("part", ["Auto", "not Auto"])  # two, which two processes can run
     def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
-        done = subprocess.run(
-            command,
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert re.search(r"\d+ passed", done.stdout)
+        eight_devices.run_tests(__file__, part, pytestconfig.rootpath)
 
 else:
 
@@ -191,7 +176,7 @@ else:
     def test_training_equals_that_on_one_device(name: str, layout: Layout) -> None:
         expected_params, expected_state, expected_values = on_one_device(name)
         mesh = mesh_of(layout.axis_type)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             batches = place(all_batches(), mesh, PartitionSpec(None, "data"))
             params, opt_state, values = train(
                 OPTIMIZERS[name](), place(initial_params(), mesh, layout.of_params), batches
@@ -224,7 +209,7 @@ else:
         tx = OPTIMIZERS["agent-rigl-compact"]()
         expected_params, expected_state, expected_values = on_one_device("agent-rigl-compact")
         mesh = mesh_of(EXPLICIT)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             params = place(initial_params(), mesh, SHARDED)
             params, opt_state = begin(tx, params)
             kernels = jax.tree.leaves(opt_state.active_weights.indices)
@@ -234,7 +219,7 @@ else:
             spread = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, opt_state))
         written = jax.device_get((params, opt_state))
         mesh = jax.make_mesh((2,), ("data",), (EXPLICIT,), devices=jax.devices()[:2])
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             restored = jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), written, spread)
             batches = place(all_batches(), mesh, PartitionSpec(None, "data"))
             params, opt_state, last_values = go_on(tx, *restored, batches, 1)
@@ -248,7 +233,7 @@ else:
 
     def test_compact_storage_says_where_it_would_gather() -> None:
         tx = OPTIMIZERS["agent-rigl-compact"]()
-        with set_mesh(mesh_of(EXPLICIT)):
+        with eight_devices.set_mesh(mesh_of(EXPLICIT)):
             tx.init(place(initial_params(), mesh_of(EXPLICIT), SHARDED))  # a warning would be an error
         with pytest.warns(UserWarning, match=r"kernel is split over devices .*'data'.* explicit axis types"):
             tx.init(place(initial_params(), mesh_of(AUTO), SHARDED))
@@ -257,7 +242,7 @@ else:
     def test_topology_update_moves_scalars_only(topology: Any) -> None:
         """Under automatic sharding, where the compiler chooses what to move."""
         mesh = mesh_of(AUTO)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             tx = sparse(agent(), topology)
             params = place(initial_params(), mesh, SHARDED)
             opt_state = jax.eval_shape(tx.init, params)
@@ -306,7 +291,7 @@ else:
     def test_counting_bytes() -> None:
         """The count sees a collective of whole tensors where there is one."""
         mesh = mesh_of(AUTO)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             kernel = place(jnp.ones((32, 64)), mesh, SHARDED)
             gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, WHOLE)).lower(kernel).compile().as_text()
         assert bytes_on_the_wire(gather) == {"all-gather": 4 * 32 * 64}
@@ -315,6 +300,6 @@ else:
     def test_state_starts_where_parameters_lie(axis_type: AxisType) -> None:
         mesh = mesh_of(axis_type)
         tx = sparse(optax.chain(agent_optax.correct_gradients(), optax.trace(0.9)), agent_optax.rigl)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             params = place(initial_params(), mesh, SHARDED)
             follows_parameters(params, (tx.init if axis_type == AUTO else jax.jit(tx.init))(params))

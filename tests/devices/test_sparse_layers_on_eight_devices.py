@@ -1,12 +1,8 @@
 """Sparse products on a mesh of eight devices, split along batch and outputs: the numbers of one device."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +13,6 @@ from agent_optax import layers
 
 pytestmark = pytest.mark.devices
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 
 INPUTS, OUTPUTS = 36, 32
 KINDS = {
@@ -38,22 +32,11 @@ def conv(x: jax.Array, values: jax.Array, connections: Any) -> jax.Array:
 
 PRODUCTS = {"dot": (dot, (8, 3, INPUTS)), "conv": (conv, (8, 5, 4, 4))}
 
-if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+if not eight_devices.ARE_HERE:
 
     @pytest.mark.parametrize("part", ["Auto", "Explicit"])
     def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
-        done = subprocess.run(
-            command,
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert re.search(r"\d+ passed", done.stdout)
+        eight_devices.run_tests(__file__, part, pytestconfig.rootpath)
 
 else:
 
@@ -75,7 +58,7 @@ else:
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, axis_type),) * 2)
         by_batch = NamedSharding(mesh, PartitionSpec("data"))
         by_output = NamedSharding(mesh, PartitionSpec("model" if values.ndim == 2 else None))
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             own = jax.device_put(connections, NamedSharding(mesh, PartitionSpec()))
             found = evaluate(jax.device_put(x, by_batch), jax.device_put(values, by_output), own)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)

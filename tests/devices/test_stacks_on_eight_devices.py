@@ -1,12 +1,8 @@
 """Stacked layers, attention and constant fan-in on a mesh of eight devices: the numbers of one device."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +16,6 @@ import agent_optax
 
 pytestmark = pytest.mark.devices
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # jax < 0.7
 
 SHAPES = {"experts": (4, 16, 8), "query": (16, 2, 8), "out": (2, 8, 16)}
 LAYOUTS = {
@@ -80,22 +74,11 @@ def trained(options: Options, params: Any) -> tuple[Any, Any]:
     return params, agent_optax.active_masks(opt_state, params)
 
 
-if EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+if not eight_devices.ARE_HERE:
 
     @pytest.mark.parametrize("part", ["Auto", "Explicit"])
     def test_on_eight_devices(part: str, pytestconfig: pytest.Config) -> None:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
-        done = subprocess.run(
-            command,
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert re.search(r"\d+ passed", done.stdout)
+        eight_devices.run_tests(__file__, part, pytestconfig.rootpath)
 
 else:
 
@@ -106,7 +89,7 @@ else:
     def test_numbers_and_layout_of_one_device(case: str, layout: str, axis_type: str) -> None:
         expected = trained(CASES[case], initial_params())
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(getattr(AxisType, axis_type),) * 2)
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS[layout].items()}
             params = {name: jax.device_put(p, shardings[name]) for name, p in initial_params().items()}
             params, masks = trained(CASES[case], params)
@@ -122,7 +105,7 @@ else:
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
         by_layer, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
         params = {name: jax.device_put(p, by_layer if name == "blocks" else whole) for name, p in params.items()}
-        with set_mesh(mesh):
+        with eight_devices.set_mesh(mesh):
             found = scanned_transformer.trained(True, params, masks, storage, None)
         jax.tree.map(np.testing.assert_array_equal, found[0], expected[0])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found[1], expected[1])

@@ -22,9 +22,14 @@ from agent_optax.sparsity._leaf_names import leaf_names
 both_storages = pytest.mark.parametrize("storage", ["dense", "compact"])
 
 
+def default_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Axes, bool]]:
+    found = axes_of_leaves(None, list(shapes), list(shapes.values()), range(len(shapes)))
+    return dict(zip(shapes, map(tuple, found), strict=True))
+
+
 def axes_by_name(params: Any) -> dict[str, tuple[Axes, bool]]:
-    names, shapes = leaf_names(params), [leaf.shape for leaf in jax.tree.leaves(params)]
-    return dict(zip(names, map(tuple, axes_of_leaves(None, names, shapes)), strict=True))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    return default_axes(dict(zip(leaf_names(params), shapes, strict=True)))
 
 
 def known(**roles: Any) -> tuple[Axes, bool]:
@@ -333,7 +338,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_conventions(example: str) -> None:
     shapes, expected = EXAMPLES[example]
-    found = dict(zip(shapes, map(tuple, axes_of_leaves(None, list(shapes), list(shapes.values()))), strict=True))
+    found = default_axes(shapes)
     assert {name: found[name] for name in expected} == expected
 
 

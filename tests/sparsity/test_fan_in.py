@@ -16,8 +16,10 @@ import agent_optax
 from agent_optax.sparsity.patterns._columns import Columns
 from agent_optax.sparsity.patterns._n_m_groups import NMGroups
 
+PADDED = {"kernel": np.arange(8)[:, None] + np.zeros(6) < 3}  # the first row of blocks of 3 x 4 and 3 x 2
 
-def start_mask(shape: tuple[int, ...], sparsity: float, pattern: Any, **options: Any) -> np.ndarray:
+
+def start_mask(shape: tuple[int, ...], sparsity: float | None, pattern: Any, **options: Any) -> np.ndarray:
     options = {"distribution": agent_optax.uniform, **options}
     tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.rigl(), sparsity=sparsity, pattern=pattern, **options)
     params = {"kernel": jnp.ones(shape)}
@@ -68,6 +70,7 @@ def test_best_of_each_column(data: st.DataObject, ablation: float | None) -> Non
     scores, first_scores, first = draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.booleans())
     number = fan_in * num_columns
     mask = Columns(ablation).best(*map(jnp.asarray, (scores, number, first, first_scores)))
+    assert ablation is None or abs(int(mask.sum()) - number) <= num_columns // 2
     quota = np.full(num_columns, fan_in)
     if ablation is not None:
         flat = lambda x: x.reshape(-1)  # noqa: E731
@@ -75,7 +78,8 @@ def test_best_of_each_column(data: st.DataObject, ablation: float | None) -> Non
         salient = np.zeros(24, bool)
         salient[sorted(range(24), key=rank)[:number]] = True
         num_salient = salient.reshape(size, num_columns).sum(0)
-        alive = num_salient >= min(max(math.ceil(np.float32(ablation) * np.float32(fan_in)), 1), num_salient.max())
+        fewest = -(-number // size)  # columns that hold so many units
+        alive = num_salient >= min(max(int(ablation * fan_in), 1), sorted(num_salient)[-fewest])
         quota = np.where(alive, np.clip((number + alive.sum() // 2) // alive.sum(), 1, size), 0)
     np.testing.assert_array_equal(mask, best_columns(scores, first, first_scores, quota))
 
@@ -130,6 +134,13 @@ def test_ablation_gives_the_weights_of_dead_outputs_to_the_others() -> None:
     assert mask.sum(0).tolist() == [8] * 6 + [0] * 6
 
 
+def test_ablation_leaves_outputs_enough_to_hold_all_weights() -> None:
+    """All salient weights lie in one output of eight inputs; the twelve that are active need two."""
+    scores = jnp.zeros((8, 6)).at[:, 0].set(2.0).at[:4, 3].set(1.0)
+    mask = np.asarray(Columns(1.0).best(scores, 12))
+    assert mask.sum() == 12 and np.flatnonzero(mask.any(0)).tolist() == [0, 3]
+
+
 @pytest.mark.parametrize("topology", ["rigl", "set_"])
 def test_ablation_keeps_about_the_number_of_weights(topology: str) -> None:
     tx = agent_optax.sparsify(
@@ -165,6 +176,10 @@ def test_balanced_blocks_of_a_convolution() -> None:
         (lambda: agent_optax.n_m(2, 4, axis="heads"), "axis must be 'inputs' or 'outputs', got 'heads'"),
         (lambda: start_mask((8, 6), 0.5, agent_optax.fan_in(ablation=0.3), storage="compact"), "ablation.*'dense'"),
         (lambda: start_mask((8, 6), 0.5, agent_optax.blocks((3, 4)), storage="compact"), "blocks that divide"),
+        (
+            lambda: start_mask((8, 6), None, agent_optax.blocks((3, 4)), storage="compact", masks=PADDED),
+            "blocks that divide",
+        ),
         (
             lambda: agent_optax.magnitude_masks(jnp.ones((8, 6)), 0.5, pattern=agent_optax.fan_in()),
             "scope='global' lets the number.*use scope='layer'",

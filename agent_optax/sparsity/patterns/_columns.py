@@ -40,8 +40,9 @@ class Columns(Groups):
             quota = jnp.full(num_columns, number // num_columns)
         else:
             num_salient = _in_columns(_best_of_all(matrix, number, first, first_scores))
-            least = jnp.maximum(jnp.ceil(self.ablation * (number // num_columns)).astype(jnp.int32), 1)
-            alive = num_salient >= jnp.minimum(least, jnp.max(num_salient))
+            fewest = jnp.clip((number + size - 1) // size, 1, num_columns)  # columns that hold so many units
+            least = jnp.maximum((self.ablation * (number // num_columns)).astype(jnp.int32), 1)
+            alive = num_salient >= jnp.minimum(least, jnp.sort(num_salient, descending=True)[fewest - 1])
             num_alive = num_true(alive)
             quota = jnp.where(alive, jnp.clip((number + num_alive // 2) // num_alive, 1, size), 0)
         select_columns = jax.vmap(select, in_axes=(1, 0, 1), out_axes=1)

@@ -12,22 +12,24 @@ def fan_in(*, group: int = 1, ablation: float | None = None) -> Blocks:
     .. math::
         k = \max(1, \mathrm{round}(d\, n_{in}))
 
-    of its :math:`n_{in}` inputs (all that a product sums over, see `Axes`), d being the density of the layer. What can
-    be stored and multiplied without an index for each row of its own length: condensed, [k, outputs]. With `group` G,
-    each G consecutive outputs have the same k inputs, as blocks of 1 x G, and are ranked by their root mean square;
-    the last group has fewer where G does not divide the outputs. It is exact from the start and after every topology
-    update; `gradual_pruning` reaches it at its last.
+    of its :math:`n_{in}` inputs (all that a product sums over, see `Axes`), d being the density of the layer. Such a
+    layer can be stored condensed, as arrays [k, outputs] of inputs and weights: `agent_optax.layers` multiplies by
+    those. With `group` G, each G consecutive outputs have the same k inputs, as blocks of 1 x G, and are ranked by
+    their root mean square; the last group has fewer where G does not divide the outputs. It is exact from the start and
+    after every topology update; `gradual_pruning` reaches it at its last.
 
     With `ablation` :math:`\gamma` (SRigL), outputs die at a topology update that have fewer than
-    :math:`\lceil \gamma k \rceil` salient inputs: of those that would be active were any mask allowed. What they had is
-    shared by the others, whose k becomes the number of active weights over that of outputs left, to the nearest whole
-    number. Leave the last layer out, whose outputs are classes or tokens: give patterns leaf by leaf,
+    :math:`\max(1, \lfloor \gamma k \rfloor)` salient inputs: of those that would be active were any mask allowed. What
+    they had is shared by the others, whose k becomes the number of active weights over that of outputs left, to the
+    nearest whole number; as many outputs stay as it takes to hold all weights. Leave the last layer out, as the
+    published code does, for its outputs are classes or tokens: give patterns leaf by leaf,
     ``lambda name: fan_in(ablation=None if "head" in name else 0.3)``.
 
     Args:
         group: G, consecutive outputs with the same inputs. Default 1.
-        ablation: :math:`\gamma`, in (0, 1]. Default None: every output keeps k. SRigL takes 0.3 for convolutions and
-            0.95 for vision transformers. The number of active weights changes a little: ``storage="dense"``.
+        ablation: :math:`\gamma`, in (0, 1]. Default None: every output keeps k. The published command for
+            ResNet-50 on ImageNet takes 0.3, in code that scales k or all inputs by it. The number of active weights
+            changes a little: ``storage="dense"``.
 
     Returns:
         A pattern for `agent_optax.sparsify`.

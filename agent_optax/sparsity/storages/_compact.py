@@ -60,7 +60,8 @@ class Compact(Storage):
         """The positions of the masks, and the initial state of their entries."""
         del key
         pruned = optimizer.pruned_leaves(params, start.masks)
-        _check_counts(pruned, jax.tree.structure(params).flatten_up_to(start.counts))
+        counts = jax.tree.structure(params).flatten_up_to(start.counts)
+        _check_counts(pruned, counts, optimizer.topology.is_static)
         warn_if_gathered(params, pruned)
         packed = jax.tree.map(lambda mask: pack_bits(mask, parts_of(mask)), start.masks)
 
@@ -146,19 +147,21 @@ def _positions(counts: tuple[int, ...], packed: list[jax.Array], masks: list[jax
     return map_layers(positions, counts, list(zip(packed, masks, strict=True)))[0]
 
 
-def _check_counts(pruned: Sequence[PrunedLeaf], counts: Sequence[Any]) -> None:
+def _check_counts(pruned: Sequence[PrunedLeaf], counts: Sequence[Any], is_static: bool) -> None:
     """Raises ValueError where a pattern does not fix the number of active weights."""
     for leaf in pruned:
-        if counts[leaf.index] is None:
+        pattern, shape = leaf.pattern, leaf.layer_shape
+        depends = pattern.num_entries(shape, pattern.step(shape)) is None
+        if counts[leaf.index] is None or (depends and not is_static):
             raise ValueError(
-                f"storage='compact' fixes the number of active weights, and with pattern={leaf.pattern} that of "
+                f"storage='compact' fixes the number of active weights, and with pattern={pattern} that of "
                 f"{leaf.name}, of shape {leaf.shape}, depends on which blocks are active, because those at the end of "
                 "an axis are smaller: use blocks that divide their axes, or storage='dense'."
             )
-        if not leaf.pattern.keeps_counts:
+        if not pattern.keeps_counts and not is_static:
             raise ValueError(
-                f"storage='compact' fixes the number of active weights, and ablation in pattern={leaf.pattern} changes "
-                f"that of {leaf.name}: use storage='dense'."
+                f"storage='compact' fixes the number of active weights, and ablation in pattern={pattern} changes that "
+                f"of {leaf.name}: use storage='dense'."
             )
 
 
