@@ -18,9 +18,9 @@ from agent_optax.sparsity.selection._top_k import random_scores, select
 class Pattern:
     """Which masks of a layer are allowed: any. A subclass overrides what differs: `n_m`, `fan_in`, `blocks`, ...
 
-    A layer has the shape ``[*spatial, inputs, outputs]``, whatever the axes of its leaf. What becomes active together is
-    a unit: a weight, or a block of them. Layers of equal shape and equal pattern are updated together, so a pattern must
-    be hashable: a frozen dataclass.
+    A layer has the shape ``[*spatial, inputs, outputs]``, whatever the axes of its leaf. What becomes active together
+    is a unit: a weight, or a block of them. Layers of equal shape and equal pattern are updated together, so a pattern
+    must be hashable: a frozen dataclass.
     """
 
     density: float | None = None  # if the pattern fixes it

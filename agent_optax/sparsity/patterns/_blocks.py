@@ -45,9 +45,9 @@ def blocks(
 
     Args:
         shape: of a block, counted from the last axis of a layer, ``[*spatial, inputs, outputs]`` (see `Axes`):
-            ``(4, 4)`` are tiles of 4 inputs and 4 outputs, ``(-1, -1, 1, 1)`` the spatial filters of a convolution; -1 is the
-            whole axis. Further leading axes of a layer are not grouped; a layer with fewer axes uses the last. Where
-            a block does not divide an axis, those at its end are smaller.
+            ``(4, 4)`` are tiles of 4 inputs and 4 outputs, ``(-1, -1, 1, 1)`` the spatial filters of a convolution; -1
+            is the whole axis. Further leading axes of a layer are not grouped; a layer with fewer axes uses the last.
+            Where a block does not divide an axis, those at its end are smaller.
         reduce_weights: a function of (array, axes) that takes the weights of a block to one; it sees zeros where a
             block at the end has no weights. Default: the root of the mean square, over the weights that there are.
         reduce_grads: the same for gradients and their moving average.
