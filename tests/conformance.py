@@ -287,6 +287,8 @@ PRODUCTS = [
     Product("sparsify-blocks", {"pattern": agent_optax.blocks((2, 3))}, ("set_", "rigl", "snfs"), ("momentum",)),
     Product("sparsify-channels", {"pattern": agent_optax.output_channels()}, ("rigl",), ("momentum",)),
     Product("sparsify-compact-n_m", {**COMPACT, "pattern": agent_optax.n_m(2, 4)}, ("set_",), ("momentum",)),
+    Product("sparsify-compact-fan_in", {**COMPACT, "pattern": agent_optax.fan_in(group=4)}, ("rigl",), ("momentum",)),
+    Product("sparsify-ablation", {"pattern": agent_optax.fan_in(ablation=0.5)}, ("rigl",), ("momentum",)),
     Product("sparsify-corrected_growth", {"grow_by": "corrected"}, ("rigl",), ("agent", "history")),
 ]
 

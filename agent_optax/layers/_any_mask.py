@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agent_optax._validation import check_fraction, check_positive_int
-from agent_optax.layers._connections import Connections
+from agent_optax.layers._connections import Connections, check_random
 from agent_optax.layers._fan_in import as_mask
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
 
@@ -74,9 +73,7 @@ class AnyMask(Connections):
         Raises:
             ValueError: if a number is out of range.
         """
-        check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
-        check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
-        check_fraction("density", density, "it is the share of weights that exist, such as 0.05")
+        check_random(inputs, outputs, density)
         size = inputs * outputs
         seed = np.asarray(jax.random.bits(key, (4,)))
         num_weights = max(1, round(density * size))

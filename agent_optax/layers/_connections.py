@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from agent_optax._validation import check_fraction, check_positive_int
+
 
 class Connections:
     r"""Which of the weights of a layer with `inputs` inputs and `outputs` outputs exist: `FanIn` or `AnyMask`.
@@ -89,3 +91,10 @@ class Connections:
     def weight_gradient(self, z: jax.Array, dy: jax.Array) -> jax.Array:
         """[*lookups, columns], [outputs, columns] -> the shape of the weights."""
         raise NotImplementedError
+
+
+def check_random(inputs: int, outputs: int, density: float) -> None:
+    """Raises ValueError unless connections of these numbers can be drawn."""
+    check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
+    check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
+    check_fraction("density", density, "it is the share of weights that exist, such as 0.05")

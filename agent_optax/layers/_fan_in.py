@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from agent_optax._validation import check_fraction, check_positive_int
-from agent_optax.layers._connections import Connections
+from agent_optax._validation import check_positive_int
+from agent_optax.layers._connections import Connections, check_random
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
 
@@ -77,8 +77,8 @@ class FanIn(Connections):
             inputs: the number of inputs.
             outputs: the number of outputs.
             density: the share of weights that exist, in [0, 1].
-            group: G, how many consecutive outputs share their inputs. Default 16, at which quality was close to
-                that of single outputs and a group is a matrix product already.
+            group: G, how many consecutive outputs share their inputs. Default 16: from there on a group is
+                one matrix product. Small layers lose accuracy in groups, see the results; 1 loses none.
 
         Returns:
             The connections.
@@ -86,10 +86,8 @@ class FanIn(Connections):
         Raises:
             ValueError: if a number is out of range.
         """
-        check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
-        check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
+        check_random(inputs, outputs, density)
         check_positive_int("group", group, "it is the number of consecutive outputs that share their inputs")
-        check_fraction("density", density, "it is the share of weights that exist, such as 0.05")
         k = fan_in(inputs, density)
         num_groups = -(-outputs // group)
         return _connect(_random_indices(key, num_groups, inputs, k), inputs, outputs, group)
