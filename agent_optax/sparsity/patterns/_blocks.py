@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agent_optax._tree import wide_dtype
 from agent_optax.sparsity._layer import Layer
@@ -215,8 +216,9 @@ class Blocks(Pattern):
             return pooled
         for axis, (n, b) in enumerate(zip(x.shape, self.block(x.shape), strict=True)):
             if n % b:  # the mean at the end of the axis is over n % b of b
-                place = jax.lax.broadcasted_iota(jnp.int32, pooled.shape, axis)
-                pooled = jnp.where(place < n // b, pooled, pooled * jnp.asarray((b / (n % b)) ** 0.5, pooled.dtype))
+                factors = np.where(np.arange(pooled.shape[axis]) < n // b, 1, (b / (n % b)) ** 0.5)
+                shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+                pooled = pooled * jnp.asarray(factors.reshape(shape), pooled.dtype)
         return pooled
 
     def _tiled(self, x: jax.Array) -> jax.Array:

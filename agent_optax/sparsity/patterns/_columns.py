@@ -41,7 +41,9 @@ class Columns(Groups):
         else:
             num_salient = _in_columns(_best_of_all(matrix, number, first, first_scores))
             fewest = jnp.clip((number + size - 1) // size, 1, num_columns)  # columns that hold so many units
-            least = jnp.maximum((self.ablation * (number // num_columns)).astype(jnp.int32), 1)
+            least = jnp.maximum(
+                jnp.floor(self.ablation * (number // num_columns).astype(jnp.float32)).astype(jnp.int32), 1
+            )
             alive = num_salient >= jnp.minimum(least, jnp.sort(num_salient, descending=True)[fewest - 1])
             num_alive = num_true(alive)
             quota = jnp.where(alive, jnp.clip((number + num_alive // 2) // num_alive, 1, size), 0)
