@@ -357,3 +357,25 @@ TYPICAL_CASES: dict[str, Case] = {
         "multi_steps-of-sparsify-rigl-momentum",
     )
 }
+
+# What compiles a program for each wrapper around an optimizer takes one of each kind of state and of update; the other
+# typical cases are traced in the same wrappers.
+REPRESENTATIVE_CASES: dict[str, Case] = {
+    name: TYPICAL_CASES[name]
+    for name in (
+        "correct_gradients",
+        "correct_gradients-table-gradient_regression",
+        "storm",
+        "mars",
+        "sparsify-rigl-agent",
+        "sparsify-snfs-momentum",
+        "sparsify-bayesian_rewiring-agent",
+        "sparsify-compact-rigl-agent",
+        "multi_steps-of-sparsify-rigl-momentum",
+    )
+}
+
+
+def all_but(cases: Mapping[str, Case], others: Mapping[str, Case]) -> dict[str, Case]:
+    """Those of `cases` that are not among `others`."""
+    return {name: case for name, case in cases.items() if name not in others}

@@ -15,6 +15,13 @@ import agent_optax
 
 GATHERS = r"all-gather|all-to-all|collective-permute"
 
+# Inner optimizers that keep their state as momentum does are left out.
+LAID_OUT_CASES = TYPICAL_CASES | {
+    name: case
+    for name, case in CASES.items()
+    if not name.startswith(("sparsify-rigl-", "sparsify-compact-rigl-", "correct"))
+}
+
 PARTITION = {
     "dense": {"bias": PartitionSpec("x"), "kernel": PartitionSpec("x", None)},
     "gain": PartitionSpec(),
@@ -45,7 +52,7 @@ else:
     def mesh() -> jax.sharding.Mesh:
         return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
 
-    @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+    @pytest.mark.parametrize("case", LAID_OUT_CASES.values(), ids=LAID_OUT_CASES.keys())
     def test_sharding_types(case: Case, mesh: jax.sharding.Mesh) -> None:
         with eight_devices.set_mesh(mesh):
             tx = case.make()

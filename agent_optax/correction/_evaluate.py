@@ -10,6 +10,7 @@ import optax
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import map_corrections
+from agent_optax.correction._layout import at_point, from_point
 
 
 def evaluation_point(opt_state: optax.OptState, params: optax.Params) -> optax.Params | None:
@@ -66,7 +67,8 @@ def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Calla
 
     Args:
         loss_fn: ``loss_fn(params, *args) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. The old gradient is
-            taken with the same `args`, so with the same batch and the same random key.
+            taken with the same `args`, so with the same batch and the same random key; only connections of sparse
+            layers (`agent_optax.layers.rewire`) are those of the old parameters.
         has_aux: whether `loss_fn` returns ``(loss, aux)``, as in `jax.value_and_grad`. The auxiliary output of the
             second evaluation is dropped: it never touches BatchNorm statistics.
 
@@ -96,7 +98,9 @@ def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Calla
         extras = {"value": output[0] if has_aux else output}
         point = evaluation_point(opt_state, params)
         if point is not None:
-            old_output, old_grads = evaluate(point, *args, **kwargs)
+            old_args, old_kwargs = at_point((args, kwargs), opt_state)
+            old_output, old_grads = evaluate(point, *old_args, **old_kwargs)
+            old_grads = from_point(old_grads, (args, kwargs), opt_state)
             extras.update(old_value=old_output[0] if has_aux else old_output, old_grads=old_grads)
         return (output, grads), extras
 

@@ -65,8 +65,17 @@ class MemoryState:
         return ()
 
     def moves_every_step(self) -> bool:
-        """Whether the stored point moves with each step, instead of with `refresh`."""
+        """Whether the stored point moves with each step, instead of with `refresh`.
+
+        If not, the state of a memory with an `evaluation_point` counts its moves in a field ``num_refreshes``, int32
+        [], so that `agent_optax.layers.rewire` can tell whether the point was stored before or after it.
+        """
         return False
+
+    def restarted(self, params: optax.Params) -> Any:
+        """The memory where the layout of its stored point is lost, if that moves with each step: without a point."""
+        del params
+        return self
 
 
 class Memory(Protocol):

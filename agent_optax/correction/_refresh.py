@@ -14,6 +14,7 @@ import optax
 from agent_optax._tree import all_finite, conform, statistics_dtype, wide_dtype
 from agent_optax.correction._evaluate import snapshot_point
 from agent_optax.correction._find import find_corrections, map_corrections
+from agent_optax.correction._layout import at_point
 from agent_optax.correction._state import CorrectGradientsState
 from agent_optax.correction.memories._rows import put_row
 
@@ -171,7 +172,7 @@ def _add_batch(loss_fn, has_aux, params, opt_state, sums, inputs):
     output, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *inputs)
     loss = output[0] if has_aux else output
     if any(_needs_old_losses(state) for state in _refreshable(opt_state)):
-        old_output = loss_fn(snapshot_point(opt_state, params), *inputs)
+        old_output = loss_fn(snapshot_point(opt_state, params), *at_point(inputs, opt_state))
         old_loss = old_output[0] if has_aux else old_output
     else:
         old_loss = loss

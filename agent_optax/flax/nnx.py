@@ -12,13 +12,16 @@ import optax
 from flax import nnx
 
 import agent_optax
+import agent_optax.layers
 from agent_optax.correction._evaluate import evaluation_point
+from agent_optax.correction._layout import at_point, from_point
 from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear
 from agent_optax.flax._swap_nnx import sparse_layers, to_sparse_layers
 
 __all__ = [
     "value_and_grads",
     "refresh",
+    "rewire",
     "mask_model",
     "opt_state",
     "SparseLinear",
@@ -84,8 +87,11 @@ def value_and_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Calla
         # Together, and before the first evaluation: generators that arguments share with the model stay shared.
         old_model, old_args, old_kwargs = nnx.clone((model, args, kwargs))
         nnx.update(old_model, point)
+        connections = _arrays(nnx.state(model, SparseConnections))
+        nnx.update(old_model, at_point(connections, opt_state(optimizer)))
         output, grads = evaluate(model, *args, **kwargs)
         old_output, old_grads = evaluate(old_model, *old_args, **old_kwargs)
+        old_grads = from_point(old_grads, connections, opt_state(optimizer))
         value, old_value = (output[0], old_output[0]) if has_aux else (output, old_output)
         return (output, grads), {"value": value, "old_value": old_value, "old_grads": old_grads}
 
@@ -128,8 +134,8 @@ def refresh(
         >>> def loss_fn(model, batch):
         ...     return jnp.mean((model(batch) - 1.0) ** 2)
         >>> agent_optax.flax.nnx.refresh(loss_fn, model, optimizer, jnp.ones((4, 8, 3)))
-        >>> bool(optimizer.opt_state[0].memory_state.is_refreshed[...])
-        True
+        >>> int(optimizer.opt_state[0].memory_state.num_refreshes[...])
+        1
 
     References:
         Lei et al., Balance is Essence, CPAL 2024, Algorithm 1.
@@ -141,6 +147,91 @@ def refresh(
         _pure_loss(loss_fn, graphdef), _arrays(params), opt_state(optimizer), numbered, has_aux, args=(rest,)
     )
     nnx.update(optimizer.opt_state, nnx.state(new_state))
+
+
+def rewire(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    optimizer: nnx.Optimizer,
+    batch: Any,
+    *,
+    topology: Any,
+    step: Any,
+    key: jax.Array,
+    has_aux: bool = False,
+    max_bytes: int = 2**30,
+) -> tuple[jax.Array, jax.Array]:
+    r"""A topology update of the sparse layers of a model, in place: drops weights that exist, grows as many others.
+
+    With RigL, in each layer of N weights, :math:`n = \lceil \zeta N \rceil` of them:
+
+    .. math::
+        \text{drop the } n \text{ of least } |w|, \qquad
+        \text{grow from zero the } n \text{ of largest } |g|, \quad g = \nabla_W\, \ell(B|\theta)
+
+    Weights, connections and the state of the optimizer change; shapes do not. What is said at
+    `agent_optax.layers.rewire` of memory, of corrections and of numbers that are not finite holds here. Call it outside
+    `flax.nnx.jit`, after the step.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. It must be the same
+            function at each call, or this compiles anew. It runs on a copy of the model.
+        model: the model, in the mode in which it is trained.
+        optimizer: a `flax.nnx.Optimizer` of the model.
+        batch: as `loss_fn` takes it.
+        topology: `agent_optax.rigl`, `agent_optax.set_`, or an `agent_optax.drop_and_grow` without redistribution and
+            momentum.
+        step: the number of steps taken, counted from 1, on which a schedule of the drop fraction depends.
+        key: a random key, another one at each call.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        max_bytes: the most that dense gradients may take at a time. Default 1 GiB.
+
+    Returns:
+        How many weights have grown, int32, and whether gradients and weights were finite, bool; if not, nothing has
+        changed.
+
+    Raises:
+        TypeError: if `optimizer` is no `flax.nnx.Optimizer`, or `topology` is none.
+        ValueError: if the model has no sparse layer, or the topology cannot keep the numbers of weights.
+
+    Example:
+        >>> import agent_optax, agent_optax.flax, jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> model = agent_optax.flax.nnx.SparseLinear(64, 32, sparsity=0.875, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        >>> topology = agent_optax.rigl(update_every=100, stop=7500)
+        >>> def loss_fn(model, batch):
+        ...     return jnp.mean((model(batch) - batch[:, :32]) ** 2)
+        >>> batch, step = jax.random.normal(jax.random.key(0), (16, 64)), 100
+        >>> if topology.is_due(step):
+        ...     num_grown, is_finite = agent_optax.flax.nnx.rewire(
+        ...         loss_fn, model, optimizer, batch, topology=topology, step=step, key=jax.random.key(step)
+        ...     )
+        >>> int(num_grown) > 0
+        True
+
+    References:
+        Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020.
+    """
+    _check_optimizer(optimizer)
+    graphdef, params, connections, rest = nnx.split(model, optimizer.wrt, SparseConnections, ...)
+    rewired = agent_optax.layers.rewire(
+        _pure_rewire_loss(loss_fn, graphdef),
+        _arrays(params),
+        _arrays(connections),
+        opt_state(optimizer),
+        batch,
+        tx=optimizer.tx,
+        topology=topology,
+        step=step,
+        key=key,
+        has_aux=has_aux,
+        args=(rest,),
+        max_bytes=max_bytes,
+    )
+    nnx.update(model, rewired.params, rewired.connections)
+    nnx.update(optimizer.opt_state, nnx.state(rewired.opt_state))
+    return rewired.num_grown, rewired.is_finite
 
 
 def mask_model(model: Any, optimizer: nnx.Optimizer) -> None:
@@ -240,5 +331,16 @@ def _pure_loss(loss_fn: Callable[..., Any], graphdef: Any) -> Callable[..., Any]
 
         rest = jax.tree.map(own, rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
         return loss_fn(nnx.merge(graphdef, params, rest), batch)
+
+    return pure_loss
+
+
+@functools.lru_cache(maxsize=64)
+def _pure_rewire_loss(loss_fn: Callable[..., Any], graphdef: Any) -> Callable[..., Any]:
+    """The loss of parameters and connections."""
+
+    def pure_loss(params: optax.Params, batch: Any, connections: Any, rest: Any) -> Any:
+        rest = jax.tree.map(_arrays, rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        return loss_fn(nnx.merge(graphdef, params, connections, rest), batch)
 
     return pure_loss

@@ -6,6 +6,7 @@ from agent_optax.layers._dense import from_dense, to_dense
 from agent_optax.layers._fan_in import FanIn
 from agent_optax.layers._init_values import init_values
 from agent_optax.layers._of_mask import connections_of
+from agent_optax.layers._rewire import Rewired, rewire
 from agent_optax.layers._sparse_conv import sparse_conv
 from agent_optax.layers._sparse_dot import sparse_dot
 
@@ -16,6 +17,8 @@ __all__ = [
     "connections_of",
     "sparse_dot",
     "sparse_conv",
+    "rewire",
+    "Rewired",
     "init_values",
     "to_dense",
     "from_dense",

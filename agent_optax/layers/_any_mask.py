@@ -12,12 +12,15 @@ import numpy as np
 
 from agent_optax.layers._connections import Connections, check_random
 from agent_optax.layers._fan_in import as_mask
+from agent_optax.layers._point import Places, Point
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
+from agent_optax.sparsity._pattern import Pattern, Unstructured
+from agent_optax.sparsity.storages._positions import positions
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "transposed", "slots"],
+    data_fields=["rows", "transposed", "slots", "point"],
     meta_fields=["inputs", "outputs"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class AnyMask(Connections):
         slots: int32 [N]: where each weight is in `rows`.
         inputs: the number of inputs.
         outputs: the number of outputs.
+        point: after `agent_optax.layers.rewire`, the connections of the snapshot that a correction has stored before.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -54,6 +58,8 @@ class AnyMask(Connections):
     slots: jax.Array
     inputs: int
     outputs: int
+    point: Point | None = None
+    group = 1  # of outputs that have the same inputs
 
     @classmethod
     def random(cls, key: jax.Array, *, inputs: int, outputs: int, density: float) -> AnyMask:
@@ -112,15 +118,42 @@ class AnyMask(Connections):
 
     def mask(self) -> jax.Array:
         """Bool [inputs, outputs]: True where a weight exists."""
-        return jnp.zeros((self.inputs, self.outputs), bool).at[self._positions()].set(True)
+        return self.dense(jnp.ones(self.values_shape, bool))
 
     def dense(self, values: jax.Array) -> jax.Array:
         """[inputs, outputs]: the weights as a dense kernel."""
-        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[self._positions()].set(values)
+        return self.dense_part(values, 0, self.outputs)
+
+    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
+        """[inputs, number]: the dense kernel of so many consecutive outputs."""
+        inputs, outputs = self._positions()
+        place = outputs - start
+        place = jnp.where(place < 0, number, place)  # not in the part, as those beyond its end
+        return jnp.zeros((self.inputs, number), values.dtype).at[inputs, place].set(values, mode="drop")
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         return kernel[self._positions()]
+
+    @property
+    def pattern(self) -> Pattern:
+        """Any mask."""
+        return Unstructured()
+
+    def unit_mask(self) -> jax.Array:
+        """Bool [inputs, outputs]."""
+        return self.mask()
+
+    def with_unit_mask(self, mask: jax.Array) -> AnyMask:
+        """Connections of the same shapes, of another mask."""
+        flat = positions(jnp.packbits(mask.T), self.num_weights)  # sorted by output, then by input
+        return _connect(flat % self.inputs, flat // self.inputs, self.inputs, self.outputs)
+
+    def places_in(self, other: AnyMask) -> Places:
+        """Where the weights are among those of connections of the same shapes."""
+        own, others = self._flat_positions(), other._flat_positions()
+        place = jnp.minimum(jnp.searchsorted(others, own).astype(jnp.int32), self.num_weights - 1)
+        return Places(place, others[place] == own)
 
     @property
     def lookups(self) -> None:
@@ -152,8 +185,13 @@ class AnyMask(Connections):
         num_pieces = self.rows.segments.shape[0]
         return self.rows.sources.reshape(-1)[self.slots], self.rows.segments[self.slots % num_pieces]
 
+    def _flat_positions(self) -> jax.Array:
+        """int32 [N], sorted: where each weight is, counted input by input for each output."""
+        inputs, outputs = self._positions()
+        return outputs * self.inputs + inputs
 
-def _connect(input_of: np.ndarray, output_of: np.ndarray, inputs: int, outputs: int) -> AnyMask:
+
+def _connect(input_of: Any, output_of: Any, inputs: int, outputs: int) -> AnyMask:
     input_ids, output_ids = jnp.asarray(input_of, jnp.int32), jnp.asarray(output_of, jnp.int32)
     rows, slots = split_rows(output_ids, input_ids, outputs)
     transposed, _ = split_rows(input_ids, output_ids, inputs)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, Self
+
 import jax
+import jax.numpy as jnp
 
 from agent_optax._validation import check_fraction, check_positive_int
+from agent_optax.correction._layout import Layout
+from agent_optax.layers._point import Places, Point
+from agent_optax.sparsity._pattern import Pattern
 
 
-class Connections:
+class Connections(Layout):
     r"""Which of the weights of a layer with `inputs` inputs and `outputs` outputs exist: `FanIn` or `AnyMask`.
 
     Connections are a pytree of int32 arrays with static shapes: they pass through `jax.jit`, `jax.vmap` and
@@ -24,6 +31,8 @@ class Connections:
 
     inputs: int
     outputs: int
+    group: int  # consecutive outputs that have the same inputs
+    point: Point | None
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -66,6 +75,55 @@ class Connections:
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         raise NotImplementedError
+
+    # What `rewire` needs: the layer in units that exist or not as a whole, and a part of it as a dense kernel.
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern that a mask must keep to be one of these connections."""
+        raise NotImplementedError
+
+    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
+        """[inputs, number]: the dense kernel of so many consecutive outputs."""
+        raise NotImplementedError
+
+    def unit_mask(self) -> jax.Array:
+        """Bool [inputs, units]: the mask in units of the pattern."""
+        raise NotImplementedError
+
+    def with_unit_mask(self, mask: jax.Array) -> Self:
+        """Connections of the same shapes, of another mask."""
+        raise NotImplementedError
+
+    def places_in(self, other: Self) -> Places:
+        """Where the weights are among those of connections of the same shapes."""
+        raise NotImplementedError
+
+    # A point whose parameters were stored with other connections: see `agent_optax.correction`.
+
+    def without_point(self) -> Self:
+        """Only what a layer multiplies by."""
+        return self if self.point is None else dataclasses.replace(self, point=None)  # type: ignore[type-var]
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the weights, if connections have changed while a point was stored."""
+        return None if self.point is None else self.point.parameter
+
+    def at_point(self, num_refreshes: jax.Array) -> Self:
+        """The connections of the stored point."""
+        assert self.point is not None
+        is_valid = self.point.num_refreshes == num_refreshes
+        now = self.without_point()
+        return jax.tree.map(lambda old, new: jnp.where(is_valid, old, new), self.point.connections, now)
+
+    def from_point(self, old_grads: jax.Array, num_refreshes: jax.Array) -> jax.Array:
+        """A gradient at the stored point, for the weights of now; zero for weights grown since."""
+        assert self.point is not None
+        places = self.places_in(self.point.connections)
+        known = jnp.where(self.point.is_kept, old_grads, 0)
+        is_valid = self.point.num_refreshes == num_refreshes
+        return jnp.where(is_valid, places.take(known, jnp.zeros_like(old_grads)), old_grads)
 
     # The three sides of the trilinear form sum_o dy_o W_oi z_i, for a block of columns, features first; z are the
     # inputs that `lookups` names.

@@ -13,8 +13,12 @@ from jax.core import Tracer
 
 from agent_optax._validation import check_positive_int
 from agent_optax.layers._connections import Connections, check_random
+from agent_optax.layers._point import Places, Point
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
+from agent_optax.sparsity._pattern import Pattern
+from agent_optax.sparsity.patterns import fan_in as fan_in_pattern
+from agent_optax.sparsity.storages._positions import positions
 
 SMALLEST_PRODUCT = 16  # outputs of a group from which on one matrix product a group is faster than sums of rows
 LARGEST_GATHER = 2**24  # numbers: inputs of all groups that are looked up at a time, to bound the memory
@@ -22,7 +26,7 @@ LARGEST_GATHER = 2**24  # numbers: inputs of all groups that are looked up at a 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["indices", "transposed"],
+    data_fields=["indices", "transposed", "point"],
     meta_fields=["inputs", "outputs", "group"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class FanIn(Connections):
         inputs: the number of inputs.
         outputs: the number of outputs.
         group: G.
+        point: after `agent_optax.layers.rewire`, the connections of the snapshot that a correction has stored before.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,6 +70,7 @@ class FanIn(Connections):
     inputs: int
     outputs: int
     group: int
+    point: Point | None = None
 
     @classmethod
     def random(cls, key: jax.Array, *, inputs: int, outputs: int, density: float, group: int = 16) -> FanIn:
@@ -178,17 +184,43 @@ class FanIn(Connections):
 
     def mask(self) -> jax.Array:
         """Bool [inputs, outputs]: True where a weight exists."""
-        sources, outputs = self._sources(), jnp.arange(self.outputs)[:, None]
-        return jnp.zeros((self.inputs, self.outputs), bool).at[sources, outputs].set(True)
+        return self.dense(jnp.ones(self.values_shape, bool))
 
     def dense(self, values: jax.Array) -> jax.Array:
         """[inputs, outputs]: the weights as a dense kernel."""
-        sources, outputs = self._sources(), jnp.arange(self.outputs)[:, None]
-        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[sources, outputs].set(values)
+        return self.dense_part(values, 0, self.outputs)
+
+    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
+        """[inputs, number]: the dense kernel of so many consecutive outputs."""
+        place = jnp.arange(self.outputs, dtype=jnp.int32)[:, None] - start
+        place = jnp.where(place < 0, number, place)  # not in the part, as those beyond its end
+        return jnp.zeros((self.inputs, number), values.dtype).at[self._sources(), place].set(values, mode="drop")
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         return kernel[self._sources(), jnp.arange(self.outputs)[:, None]]
+
+    @property
+    def pattern(self) -> Pattern:
+        """Constant fan-in, shared by groups."""
+        return fan_in_pattern(group=self.group)
+
+    def unit_mask(self) -> jax.Array:
+        """Bool [inputs, groups]."""
+        groups = jnp.arange(len(self.indices), dtype=jnp.int32)[:, None]
+        return jnp.zeros((self.inputs, len(self.indices)), bool).at[self.indices, groups].set(True)
+
+    def with_unit_mask(self, mask: jax.Array) -> FanIn:
+        """Connections of the same shapes, of another mask."""
+        indices = jax.vmap(lambda bits: positions(bits, self.fan_in))(jnp.packbits(mask.T, axis=1))
+        return _connect(indices, self.inputs, self.outputs, self.group)
+
+    def places_in(self, other: FanIn) -> Places:
+        """Where the weights are among those of connections of the same shapes."""
+        place = jax.vmap(jnp.searchsorted)(other.indices, self.indices).astype(jnp.int32)
+        place = jnp.minimum(place, self.fan_in - 1)
+        is_there = jnp.take_along_axis(other.indices, place, axis=1) == self.indices
+        return Places(self._of_outputs(place), self._of_outputs(is_there))
 
     @property
     def lookups(self) -> jax.Array | None:
@@ -233,7 +265,11 @@ class FanIn(Connections):
 
     def _sources(self) -> jax.Array:
         """[outputs, k]: the inputs of each output."""
-        return jnp.repeat(self.indices, self.group, axis=0)[: self.outputs] if self.group > 1 else self.indices
+        return self._of_outputs(self.indices)
+
+    def _of_outputs(self, rows: jax.Array) -> jax.Array:
+        """[groups, k] -> [outputs, k]."""
+        return jnp.repeat(rows, self.group, axis=0)[: self.outputs] if self.group > 1 else rows
 
 
 def fan_in(inputs: int, density: float) -> int:

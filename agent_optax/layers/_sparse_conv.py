@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
+from agent_optax.layers._probe import split_probe
 from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._sharding import with_automatic_axes
@@ -86,7 +87,11 @@ def sparse_conv(
         )
 
     def convolve(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
-        y = sparse_product(windows, values, x.reshape(-1, height, width, channels), connections)
+        connections, probe = split_probe(connections)
+        images = x.reshape(-1, height, width, channels)
+        y = sparse_product(windows, values, images, connections)
+        if probe is not None:
+            y = probe.add(y, lambda kernel: windows.dense_product(images, kernel))
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     return with_automatic_axes(convolve, num_whole=2)(x, values, connections)
@@ -115,6 +120,12 @@ class Windows(Columns):
     def num_columns(self) -> int:
         """Positions of the output."""
         return math.prod(self.output_size)
+
+    def dense_product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution with a dense kernel [inputs, outputs]."""
+        kernel = kernel.reshape(*self.kernel, self.channels, -1)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, self.strides, self.padding, dimension_numbers=dimensions)
 
     def features_first(self, x: jax.Array) -> jax.Array:
         """[batch, height, width, channels] -> [channels, height, width, batch]."""

@@ -86,8 +86,9 @@ def test_bf16(memory, coefficient):
     tx, params = correction(memory, coefficient), make_params(jnp.bfloat16)
     opt_state = refreshed(memory, params, tx.init(params))
     start = jax.tree.map(lambda leaf: leaf.dtype, opt_state)
+    one = jit(lambda opt_state, index: step(tx, params, opt_state, index))
     for index in range(4):
-        estimate, opt_state = jit(lambda s, i: step(tx, params, s, i))(opt_state, index % NUM_BATCHES)
+        estimate, opt_state = one(opt_state, index % NUM_BATCHES)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(estimate))
     assert jax.tree.map(lambda leaf: leaf.dtype, opt_state) == start
     assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(opt_state.coefficient_state))

@@ -239,7 +239,7 @@ def test_running_statistics_are_those_of_training_alone(way):
     plain_params, plain_statistics, _ = train(plain, refreshes=False)
     assert_trees_close((params, statistics), (plain_params, plain_statistics), rtol=1e-6)
     assert np.abs(statistics["mean"]).max() > 0.1
-    assert optax.tree.get(opt_state, "is_refreshed") and not np.any(np.isnan(correlation(opt_state)))
+    assert optax.tree.get(opt_state, "num_refreshes") and not np.any(np.isnan(correlation(opt_state)))
 
 
 def test_auxiliary_output_never_reaches_the_state():

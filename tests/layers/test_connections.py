@@ -13,7 +13,7 @@ from agent_optax import layers
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(inputs=st.integers(1, 30), outputs=st.integers(1, 30), density=st.floats(0, 1), seed=st.integers(0, 9))
-@settings(max_examples=8)
+@settings(max_examples=3)
 def test_random_connections_have_the_number_that_the_density_gives(kind, inputs, outputs, density, seed):
     connections = connect(kind, inputs, outputs, density, seed)
     mask = np.asarray(connections.mask())

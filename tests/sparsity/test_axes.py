@@ -103,11 +103,8 @@ def trained(w: np.ndarray, target: np.ndarray, axes: Axes | None, topology: Any,
 
 
 CASES = [
-    ("set_", "none", "dense"),
-    ("rigl", "none", "compact"),
     ("rigl", "n_m along outputs", "dense"),
     ("snfs", "none", "dense"),
-    ("gradual_pruning", "n_m", "dense"),
     ("granet", "none", "dense"),
     ("rigl", "fan_in", "compact"),
     ("set_", "blocks", "dense"),
@@ -132,8 +129,6 @@ UNSTACKED_CASES = [  # without set_, which draws other numbers for other leaves
     ("rigl", "none", "compact"),
     ("snfs", "none", "dense"),
     ("gradual_pruning", "n_m", "dense"),
-    ("granet", "none", "dense"),
-    ("rigl", "fan_in", "compact"),
 ]
 
 

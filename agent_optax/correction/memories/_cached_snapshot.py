@@ -26,13 +26,18 @@ class _CachedSnapshotFields(NamedTuple):
     mean_grads: optax.Updates  # like params: g~, the mean gradient at theta~
     cached_grads: optax.Updates  # like params with a leading axis [N]: the gradient of each batch at theta~
     cached_losses: jax.Array  # float [N]: the loss of each batch at theta~; zero before the first refresh
-    is_refreshed: jax.Array  # bool []: whether the gradients have been measured
+    num_refreshes: jax.Array  # int32 []: how often the snapshot has moved
 
 
 class CachedSnapshotState(_CachedSnapshotFields, MemoryState):
     """State of `snapshot` with `cached_batches`; N is their number."""
 
     __slots__ = ()
+
+    @property
+    def is_refreshed(self) -> jax.Array:
+        """Whether mean_grads has been measured."""
+        return self.num_refreshes > 0
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
         """The gradient of this batch at the snapshot, and the mean gradient there."""
@@ -63,7 +68,7 @@ class CachedSnapshotState(_CachedSnapshotFields, MemoryState):
             mean_grads=moved(mean_grads, self.mean_grads),
             cached_grads=batch_grads,
             cached_losses=losses.astype(self.cached_losses.dtype),
-            is_refreshed=jnp.ones_like(self.is_refreshed),
+            num_refreshes=self.num_refreshes + 1,
         )
 
     def dense_fields(self) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ class CachedSnapshot:
             mean_grads=jax.tree.map(jnp.zeros_like, params),
             cached_grads=empty_rows(params, self.cached_batches),
             cached_losses=jnp.broadcast_to(zero_like(params, statistics_dtype(params)), (self.cached_batches,)),
-            is_refreshed=zero_like(params, bool),
+            num_refreshes=zero_like(params, jnp.int32),
         )
 
     def remember(

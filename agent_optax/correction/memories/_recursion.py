@@ -13,6 +13,7 @@ import optax
 from agent_optax._tree import keep_finite, zero_like
 from agent_optax.correction._memory import MemoryState, Recalled, required_old_grads, required_params
 from agent_optax.correction.coefficients._loss_regression import LossRegression, loss_regression
+from agent_optax.correction.memories._cached_snapshot import moved
 
 
 class _RecursionFields(NamedTuple):
@@ -52,6 +53,12 @@ class RecursionState(_RecursionFields, MemoryState):
     def moves_every_step(self) -> bool:
         """With each step."""
         return True
+
+    def restarted(self, params: optax.Params) -> RecursionState:
+        """The next step is the first."""
+        return self._replace(
+            previous_params=moved(params, self.previous_params), has_previous=jnp.zeros_like(self.has_previous)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,18 @@ from agent_optax.correction.memories._cached_snapshot import CachedSnapshot, mov
 class _SnapshotFields(NamedTuple):
     snapshot: optax.Params  # like params: theta~, the parameters at the last refresh
     mean_grads: optax.Updates  # like params: g~, the mean gradient at theta~
-    is_refreshed: jax.Array  # bool []: whether mean_grads has been measured
+    num_refreshes: jax.Array  # int32 []: how often the snapshot has moved
 
 
 class SnapshotState(_SnapshotFields, MemoryState):
     """State of `snapshot`."""
 
     __slots__ = ()
+
+    @property
+    def is_refreshed(self) -> jax.Array:
+        """Whether mean_grads has been measured."""
+        return self.num_refreshes > 0
 
     def recall(self, grads: optax.Updates, extra_args: Mapping[str, Any]) -> Recalled:
         """The gradient of this batch at the snapshot, and the mean gradient there."""
@@ -53,7 +58,7 @@ class SnapshotState(_SnapshotFields, MemoryState):
         return SnapshotState(
             snapshot=moved(params, self.snapshot),
             mean_grads=moved(mean_grads, self.mean_grads),
-            is_refreshed=jnp.ones_like(self.is_refreshed),
+            num_refreshes=self.num_refreshes + 1,
         )
 
     def dense_fields(self) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ class Snapshot:
         return SnapshotState(
             snapshot=jax.tree.map(jnp.copy, params),
             mean_grads=jax.tree.map(jnp.zeros_like, params),
-            is_refreshed=zero_like(params, bool),
+            num_refreshes=zero_like(params, jnp.int32),
         )
 
     def remember(
