@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._fan_in import FanIn
 
 
 def init_values(
@@ -53,8 +52,8 @@ def init_values(
     if not isinstance(connections, Connections):
         raise TypeError(f"connections must be such as FanIn.random makes, got {type(connections).__name__}.")
     initializer = jax.nn.initializers.lecun_normal() if initializer is None else initializer
-    if isinstance(connections, FanIn):
-        return initializer(key, (connections.fan_in, connections.outputs), dtype).T
+    if len(connections.values_shape) == 2:
+        return initializer(key, connections.values_shape[::-1], dtype).T
     k = max(1, round(connections.num_weights / connections.outputs))
     num_columns = -(-connections.num_weights // k)
     return initializer(key, (k, num_columns), dtype).T.reshape(-1)[: connections.num_weights]

@@ -42,6 +42,11 @@ class Probed(Connections):
         """As the connections have."""
         return self.connections.values_shape
 
+    @property
+    def num_weights(self) -> int:
+        """As the connections have."""
+        return self.connections.num_weights
+
     def add(self, y: jax.Array, product: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The output of the sparse layer, and the product with the part of a kernel added to its outputs."""
         part = product(self.kernel.astype(y.dtype)).astype(y.dtype)
