@@ -122,14 +122,7 @@ class AnyMask(Connections):
 
     def dense(self, values: jax.Array) -> jax.Array:
         """[inputs, outputs]: the weights as a dense kernel."""
-        return self.dense_part(values, 0, self.outputs)
-
-    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
-        """[inputs, number]: the dense kernel of so many consecutive outputs."""
-        inputs, outputs = self._positions()
-        place = outputs - start
-        place = jnp.where(place < 0, number, place)  # not in the part, as those beyond its end
-        return jnp.zeros((self.inputs, number), values.dtype).at[inputs, place].set(values, mode="drop")
+        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[self._positions()].set(values)
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
@@ -139,6 +132,14 @@ class AnyMask(Connections):
     def pattern(self) -> Pattern:
         """Any mask."""
         return Unstructured()
+
+    def unit_part(self, values: jax.Array, start: Any, number: int) -> tuple[jax.Array, jax.Array]:
+        """[inputs, number], weights and mask of so many consecutive outputs."""
+        inputs, outputs = self._positions()
+        place = jnp.where(outputs < start, number, outputs - start)  # others than those of the part are beyond its end
+        nothing = jnp.zeros((self.inputs, number), values.dtype)
+        weights = nothing.at[inputs, place].set(values, mode="drop")
+        return weights, nothing.astype(bool).at[inputs, place].set(True, mode="drop")
 
     def unit_mask(self) -> jax.Array:
         """Bool [inputs, outputs]."""

@@ -76,15 +76,15 @@ class Connections(Layout):
         """The weights of a dense kernel [inputs, outputs] that exist."""
         raise NotImplementedError
 
-    # What `rewire` needs: the layer in units that exist or not as a whole, and a part of it as a dense kernel.
+    # What `rewire` needs: a layer in units that exist or not as a whole.
 
     @property
     def pattern(self) -> Pattern:
         """The pattern that a mask must keep to be one of these connections."""
         raise NotImplementedError
 
-    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
-        """[inputs, number]: the dense kernel of so many consecutive outputs."""
+    def unit_part(self, values: jax.Array, start: Any, number: int) -> tuple[jax.Array, jax.Array]:
+        """[inputs, units], weights and mask: so many consecutive outputs, in units of the pattern."""
         raise NotImplementedError
 
     def unit_mask(self) -> jax.Array:

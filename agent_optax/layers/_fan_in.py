@@ -16,6 +16,7 @@ from agent_optax.layers._connections import Connections, check_random
 from agent_optax.layers._point import Places, Point
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
+from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity.patterns import fan_in as fan_in_pattern
 from agent_optax.sparsity.storages._positions import positions
@@ -188,13 +189,8 @@ class FanIn(Connections):
 
     def dense(self, values: jax.Array) -> jax.Array:
         """[inputs, outputs]: the weights as a dense kernel."""
-        return self.dense_part(values, 0, self.outputs)
-
-    def dense_part(self, values: jax.Array, start: Any, number: int) -> jax.Array:
-        """[inputs, number]: the dense kernel of so many consecutive outputs."""
-        place = jnp.arange(self.outputs, dtype=jnp.int32)[:, None] - start
-        place = jnp.where(place < 0, number, place)  # not in the part, as those beyond its end
-        return jnp.zeros((self.inputs, number), values.dtype).at[self._sources(), place].set(values, mode="drop")
+        sources, outputs = self._sources(), jnp.arange(self.outputs)[:, None]
+        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[sources, outputs].set(values)
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
@@ -205,10 +201,21 @@ class FanIn(Connections):
         """Constant fan-in, shared by groups."""
         return fan_in_pattern(group=self.group)
 
+    def unit_part(self, values: jax.Array, start: Any, number: int) -> tuple[jax.Array, jax.Array]:
+        """[inputs, groups], weights and mask: so many consecutive outputs, whole groups, in units of the pattern."""
+        indices = jax.lax.dynamic_slice_in_dim(self.indices, start // self.group, -(-number // self.group))
+        existing = jax.lax.dynamic_slice_in_dim(values, start, number).T
+        units = self.pattern.units(Layer(existing, jnp.ones_like(existing, dtype=bool), existing, None))
+        return self._in_units(indices, units.weights.T), self._in_units(indices, units.mask.T)
+
     def unit_mask(self) -> jax.Array:
         """Bool [inputs, groups]."""
-        groups = jnp.arange(len(self.indices), dtype=jnp.int32)[:, None]
-        return jnp.zeros((self.inputs, len(self.indices)), bool).at[self.indices, groups].set(True)
+        return self._in_units(self.indices, jnp.ones(self.indices.shape, bool))
+
+    def _in_units(self, indices: jax.Array, numbers: jax.Array) -> jax.Array:
+        """[groups, k] -> [inputs, groups]."""
+        groups = jnp.arange(len(indices), dtype=jnp.int32)[:, None]
+        return jnp.zeros((self.inputs, len(indices)), numbers.dtype).at[indices, groups].set(numbers)
 
     def with_unit_mask(self, mask: jax.Array) -> FanIn:
         """Connections of the same shapes, of another mask."""
@@ -305,6 +312,7 @@ def _random_indices(key: jax.Array, num_groups: int, inputs: int, k: int) -> jax
     """Draws k different numbers below `inputs` for each group, sorted; one group at a time, to bound the memory."""
 
     def draw(key: jax.Array) -> jax.Array:
-        return jnp.sort(jax.lax.top_k(jax.random.bits(key, (inputs,)), k)[1]).astype(jnp.int32)
+        numbers = (jax.random.bits(key, (inputs,)) >> 8).astype(jnp.float32)  # exact; on a CPU top_k of floats is fast
+        return jnp.sort(jax.lax.top_k(numbers, k)[1]).astype(jnp.int32)
 
     return jax.lax.map(draw, jax.random.split(key, num_groups))

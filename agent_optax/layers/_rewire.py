@@ -278,14 +278,9 @@ def _new_mask(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Bool [inputs, units] of a part of a layer, and whether its numbers are finite."""
-    size = grads.shape[1]
-    part = Layer(
-        weights=connections.dense_part(values, start, size),
-        mask=connections.dense_part(jnp.ones_like(values, dtype=bool), start, size),
-        grads=grads,
-        ever_active=None,
-    )
-    mask = topology.rewire_layer(connections.pattern.units(part), step, key)
+    units = connections.pattern.units(Layer(grads, jnp.ones_like(grads, dtype=bool), grads, ever_active=None))
+    weights, mask = connections.unit_part(values, start, grads.shape[1])
+    mask = topology.rewire_layer(units._replace(weights=weights, mask=mask), step, key)
     return mask, all_finite((grads, values))
 
 
