@@ -301,7 +301,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path) -> 
     with ocp.CheckpointManager(tmp_path) as manager:  # as another process would
         graphdef, abstract = nnx.split(nnx.eval_shape(started))
         restored = manager.restore(0, args=ocp.args.StandardRestore(abstract))
-    restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), restored)  # bound to no device: the step compiles once
+    restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), restored)  # bound to no device: no new compilation
     model, optimizer = nnx.merge(graphdef, restored)
     values = epoch(model, optimizer, all_batches())
     assert values == [s.value for s in run.steps[NUM_BATCHES:]]
