@@ -57,9 +57,9 @@ def sparsify(
     grown one starts at 0, and every per-parameter state of `inner` starts there again from its initial value. A
     topology update is skipped, and counted, when a gradient or weight is not finite.
 
-    Put it outermost: ``sparsify(optax.chain(...), ...)``. Start from ``mask_params(params, opt_state)``. The inner
-    optimizer runs as it is; gradients of inactive weights, and extra arguments that are trees like params, reach it as
-    zeros.
+    Put the whole optimizer inside, ``sparsify(optax.chain(...), ...)``: what is chained after it would change the -p.
+    Start from ``mask_params(params, opt_state)``. The inner optimizer runs as it is; gradients of inactive weights,
+    and extra arguments that are trees like params, reach it as zeros.
 
     Args:
         inner: any Optax optimizer.
