@@ -18,13 +18,15 @@ def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -
         opt_state: the state of an optimizer that holds `correct_gradients` or `sparsify`, at any depth; the first of
             each is reported.
         params: the parameters, in which to count inactive weights that are not zero. Default None: as counted at the
-            last topology update.
+            last topology update, so 0 before the first, and always 0 with `static`.
 
     Returns:
         A dictionary. From the correction: ``correlation``, the smoothed c before scaling; ``correction_weight``,
         :math:`w = \gamma c`; ``variance_ratio``, the coefficient's own estimate of the variance of the corrected
         gradient over that of the raw one (for `loss_regression` a stand-in computed from losses), and
         ``variance_ratio_known``, False before anything is measured and for constant coefficients, when the ratio is 1.
+        From a correction with a snapshot: ``snapshot_refreshed``, False as long as `refresh` has never run: nothing is
+        corrected then, though each step pays for the second gradient.
         From `sparsify`: ``sparsity``, the exact share of inactive weights in pruned leaves; ``exploration_rate``,
         ITOP's :math:`R_s`, the share of weights that were ever active; ``num_dropped`` and ``num_grown``, of the last
         topology update; ``num_nonzero_inactive``, inactive weights that are not zero: more than none means that the run
@@ -50,6 +52,8 @@ def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -
         report["correlation"] = corrections[0].coefficient_state.correlation
         report["correction_weight"] = corrections[0].correction_weight()
         report["variance_ratio"], report["variance_ratio_known"] = corrections[0].variance_ratio()
+        if corrections[0].memory_state.refresh_point() is not None:
+            report["snapshot_refreshed"] = corrections[0].memory_state.is_refreshed
     sparse = find_sparsify(opt_state)
     if sparse:
         state = sparse[0]

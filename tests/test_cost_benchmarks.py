@@ -30,6 +30,7 @@ NAMES = (
     "topology_update",
     "scaling",
     "stagger",
+    "start_up",
     "peers",
     "sparse_layers",
 )
@@ -212,6 +213,17 @@ def test_stagger(tmp_path):
     digits = {row["quantity"]: row for row in report["rows"] if row["table"] == "digits"}
     assert 10 < digits["accuracy"]["at_once"] <= 100
     assert 3 < digits["explored"]["stagger"] < 100  # 3% are active at the start
+
+
+def test_start_up(tmp_path):
+    report = run("start_up", tmp_path)
+    rows = {row["case"]: row for row in report["rows"]}
+    assert set(rows) == {"adamw", "RigL, dense"}
+    for row in rows.values():
+        assert row["first_step"] > row["second_step"] > 0
+        assert row["step_traced"] == 1
+        assert row["topology_update_programs"] == row["step_after_programs"] == 0  # compiled once
+    assert rows["RigL, dense"]["num_topology_updates"] == 1
 
 
 def test_peers_needs_a_checkout(tmp_path):

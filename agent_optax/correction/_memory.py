@@ -48,7 +48,8 @@ class MemoryState:
         """The parameters that `refresh` moves; None for a memory that has no refresh pass.
 
         A memory that has one has a method ``refreshed(params, mean_grads, batch_grads, losses)`` too, which returns its
-        state after a pass at `params`: `batch_grads` [N, ...] if it caches batches, losses [N].
+        state after a pass at `params`: `batch_grads` [N, ...] if it caches batches, losses [N]. And a field
+        ``is_refreshed``, bool []: whether there was such a pass.
         """
         return None
 

@@ -17,6 +17,7 @@ from agent_optax.sparsity._given_masks import copied_masks
 from agent_optax.sparsity._gradients import check_grads
 from agent_optax.sparsity._pattern import PatternChoice, check_pattern, fixed_sparsity
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._report import log_pruned_leaves
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start, given_start, random_start
 from agent_optax.sparsity._state import SparsifyState
@@ -56,9 +57,9 @@ def sparsify(
     grown one starts at 0, and every per-parameter state of `inner` starts there again from its initial value. A
     topology update is skipped, and counted, when a gradient or weight is not finite.
 
-    Put it outermost: ``sparsify(optax.chain(...), ...)``. Start from ``mask_params(params, opt_state)``. The inner
-    optimizer runs as it is; gradients of inactive weights, and extra arguments that are trees like params, reach it as
-    zeros.
+    Put the whole optimizer inside, ``sparsify(optax.chain(...), ...)``: what is chained after it would change the -p.
+    Start from ``mask_params(params, opt_state)``. The inner optimizer runs as it is; gradients of inactive weights,
+    and extra arguments that are trees like params, reach it as zeros.
 
     Args:
         inner: any Optax optimizer.
@@ -71,7 +72,8 @@ def sparsify(
             function of the shapes of layers, ``[*spatial, inputs, outputs]``, and sparsity. A layer gets exactly
             ``round(density * size)`` active weights, but see `allow_empty_layers`.
         where: the leaves to prune: a function of params, or a tree of bools. Default `kernels`. Leaves that `inner`
-            never updates, such as frozen ones (`optax.set_to_zero`), are left alone.
+            never updates, such as frozen ones (`optax.set_to_zero`), are left alone. ``init`` logs which leaves are
+            pruned and which are not, in one line, at level INFO of the logger ``"agent_optax"``.
         storage: ``"dense"``: the inner optimizer holds whole arrays. ``"compact"``: it holds the active entries only,
             so that momentum, moments, snapshots and tables shrink with the density, and its step costs what its active
             weights cost. That needs an inner optimizer that treats each entry alike (muon and adafactor do not), and
@@ -146,6 +148,7 @@ def sparsify(
     def init(params: optax.Params) -> SparsifyState:
         mask_key, topology_key = jax.random.split(key)
         start = start_of(params, mask_key)
+        log_pruned_leaves(params, start.masks)
         active_weights, inner_state = storing.start(optimizer, start, params, key)
         if not topology.is_static:
             _refuse_accumulation(inner_state, topology)

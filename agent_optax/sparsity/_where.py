@@ -17,34 +17,37 @@ from agent_optax.sparsity._matching import matched_leaves
 
 MAX_COUNT = 2**31 - 1  # of an int32
 
-# Names of leaves in Flax, Hugging Face's Flax models, Haiku, Equinox and big_vision that are no kernels, though they
-# may have two axes or more in attention and in stacked layers: biases and scales, tables whose rows are looked up and
-# not multiplied, tokens and positions that are added to activations, factors that are small already, and the values of
-# sparse layers.
+# Names of leaves in Flax, Hugging Face's Flax models, Haiku, Equinox, big_vision and models written by hand that are no
+# kernels, though they may have two axes or more in attention and in stacked layers: biases and scales, tokens that are
+# added to activations, factors that are small already, and the values of sparse layers.
 NEVER_PRUNED = frozenset(
-    "b beta bias biases offset gain gamma layer_scale scale scales embed embedding embedding_table embeddings "
-    "position_embeddings pos pos_embed pos_embedding pos_emb position position_embedding positional_embedding "
-    "positions rel_embedding rel_pos_bias relative_attention_bias relative_position_bias_table cls cls_token "
-    "class_embedding class_token dist_token mask_token probe query_tokens register_tokens lora_a lora_b values".split()
+    "b beta bias biases offset gain gamma layer_scale scale scales embedding_table relative_attention_bias cls "
+    "cls_token class_token dist_token mask_token probe query_tokens register_tokens lora_a lora_b values".split()
 )
-# Components of a path below which nothing is a kernel, whatever its name: layers of normalization. And those whose own
-# ``weight`` or ``w`` is a table.
+# Tables whose rows are looked up and not multiplied, or added to activations: leaves of these names, and the ``weight``
+# or ``w`` of layers of these names.
+TABLE = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)(_?\d+)?")
+POSITION = re.compile(
+    r"pe|(.*_)?(pos|position|positions|positional)_?(emb|embed|embedding|embeddings|enc|encoding|encodings|table|bias)?"
+    r"(_table)?(_?\d+)?"
+)
+# Components of a path below which nothing is a kernel, whatever its name: layers of normalization.
 NORMALIZATION = re.compile(
     r"(layer|batch|group|instance|rms)?_?norm(alization)?(_?\d+)?|.*_(layer)?norm(_?\d+)?|ln(_?\w)?|bn(_?\d+)?"
 )
-TABLE = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)(_?\d+)?")
 
 
 def kernels(params: optax.Params) -> Any:
     """The default choice of leaves to prune: matrices and filters, whatever the framework.
 
-    These are the kernels of dense, convolutional, attention and recurrent layers: leaves of two or more axes, but for
-    those that the names of Flax, Hugging Face's Flax models, Haiku, Equinox or big_vision tell to be something else:
+    These are the kernels of dense, convolutional, attention and recurrent layers: leaves of two or more axes, except
+    those that by their names, as Flax, Hugging Face, Haiku, Equinox and big_vision give them, are something else:
 
     - biases, scales and all of a normalization layer, which have two axes in attention and in stacked layers;
-    - tables of embeddings, of which each batch looks up few rows: ``embedding``, ``embeddings``, or the ``weight`` or
-      ``w`` of a layer called ``embed``, ``wte`` or the like;
-    - tokens and positions, which are added and not multiplied: ``cls``, ``mask_token``, ``pos_embedding``, ``pos``;
+    - tables of embeddings, of which each batch looks up few rows: ``embedding``, ``wte`` and the like, or the
+      ``weight`` or ``w`` of a layer of such a name;
+    - tokens and positions, which are added and not multiplied: ``cls``, ``mask_token``, ``pos_embedding``,
+      ``positions``;
     - factors of LoRA, which are small already, and the ``values`` of sparse layers, all of which exist.
 
     `named` chooses those, or anything else.
@@ -73,8 +76,9 @@ def kernels(params: optax.Params) -> Any:
 def _is_no_kernel(path: list[str]) -> bool:
     """By the names on the path of a leaf, in lower case."""
     *layers, name = path
-    in_table = bool(layers) and name in ("w", "weight") and TABLE.fullmatch(layers[-1]) is not None
-    return name in NEVER_PRUNED or in_table or any(NORMALIZATION.fullmatch(layer) for layer in layers)
+    of_table = layers[-1] if layers and name in ("w", "weight") else name
+    is_table = TABLE.fullmatch(of_table) is not None or POSITION.fullmatch(of_table) is not None
+    return name in NEVER_PRUNED or is_table or any(NORMALIZATION.fullmatch(layer) for layer in layers)
 
 
 def named(*patterns: str) -> Callable[[optax.Params], Any]:

@@ -294,3 +294,25 @@ def test_refresh_says_that_a_table_needs_none():
     params = make_params()
     with pytest.raises(ValueError, match=r"refresh needs a snapshot, but opt_state holds only TableState"):
         agent_optax.refresh(loss_fn, params, correction(agent_optax.constant(1.0)).init(params), make_batches())
+
+
+def test_rows_of_fast_descent_oppose_the_gradient_and_the_coefficient_stays_0():
+    """Far from the minimum each row is larger than the mean of rows, and the new gradient smaller."""
+    targets = np.random.default_rng(0).normal(size=(NUM_BATCHES, 3)).astype(np.float32)
+    tx = optax.chain(correction(agent_optax.gradient_regression()), optax.sgd(0.3))
+    params, rows = jnp.full(3, 100.0), np.zeros_like(targets)
+    opt_state, update = tx.init(params), jit(tx.update)
+    coefficients = []
+    for step in range(2 * NUM_BATCHES):
+        index = step % NUM_BATCHES
+        grads = params - targets[index]
+        if step >= NUM_BATCHES:
+            mean = rows.mean(axis=0)
+            assert np.sum((np.asarray(grads) - mean) * (rows[index] - mean)) < 0
+        rows[index] = grads
+        updates, opt_state = update(grads, opt_state, params, batch_index=jnp.asarray(index))
+        params = optax.apply_updates(params, updates)
+        report = agent_optax.diagnostics(opt_state)
+        coefficients.append(float(report["correlation"]))
+        assert bool(report["variance_ratio_known"]) == (step >= NUM_BATCHES)
+    assert coefficients == [0.0] * (2 * NUM_BATCHES)

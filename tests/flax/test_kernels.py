@@ -80,6 +80,32 @@ def test_boxes_of_linen_do_not_hide_the_name() -> None:
     assert leaf_names(params) == ["bias", "kernel"]
 
 
+@pytest.mark.parametrize("name", ["positions", "pos_embed", "pe"])
+@pytest.mark.parametrize("framework", ["nnx", "linen", "plain"])
+def test_positions_of_context_and_width_are_not_pruned_unasked(framework: str, name: str) -> None:
+    context, width = 6, 8
+
+    class NNXModel(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            setattr(self, name, nnx.Param(jnp.ones((context, width))))
+            self.dense = nnx.Linear(width, width, rngs=rngs)
+
+    class LinenModel(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(width, name="dense")(x + self.param(name, nn.initializers.normal(), (context, width)))
+
+    params = {
+        "nnx": lambda: nnx.state(NNXModel(nnx.Rngs(0)), nnx.Param),
+        "linen": lambda: LinenModel().init(jax.random.key(0), jnp.ones((context, width)))["params"],
+        "plain": lambda: {name: jnp.ones((context, width)), "dense": {"kernel": jnp.ones((width, width))}},
+    }[framework]()
+    chosen = dict(zip(leaf_names(params), jax.tree.leaves(agent_optax.kernels(params)), strict=True))
+    assert not chosen[name] and chosen["dense/kernel"]
+    asked = dict(zip(leaf_names(params), jax.tree.leaves(agent_optax.named(name)(params)), strict=True))
+    assert asked[name] and not asked["dense/kernel"]
+
+
 @pytest.mark.parametrize("make", [nnx_params, linen_params])
 def test_named_chooses_what_kernels_leave_out(make: Any) -> None:
     params = make()

@@ -172,7 +172,8 @@ def test_what_int32_cannot_count_is_refused() -> None:
     jax.eval_shape(agent_optax.sparsify(sgd, agent_optax.rigl(), sparsity=0.5).init, in_all)
 
 
-# Paths of leaves in Flax's examples, Hugging Face's Flax models, Haiku, Equinox and big_vision, with their shapes.
+# Paths of leaves in Flax's examples, Hugging Face's Flax models, Haiku, Equinox and big_vision, and
+# in plain trees, with their shapes.
 KERNELS = {
     "Dense_0/kernel": (4, 4),
     "encoder/layer_0/attention/query/kernel": (16, 2, 8),
@@ -183,6 +184,9 @@ KERNELS = {
     "lstm_cell/hi/kernel": (8, 8),
     "norm_free_block/conv/kernel": (3, 3, 4, 4),
     "attn/weight": (12, 8, 8),
+    "pos_conv_embed/conv/kernel": (5, 4, 4),
+    "positions_mlp/kernel": (4, 4),
+    "proj/weight": (4, 4),
 }
 NO_KERNELS = {
     "cls": (1, 1, 16),
@@ -194,7 +198,14 @@ NO_KERNELS = {
     "token_embedder/embedding": (10, 4),
     "wte/weight": (10, 4),
     "embedding/weight": (10, 4),
-    "pos": (64, 32),
+    **dict.fromkeys(("pos", "positions", "position", "pos_emb", "pos_embed", "positional_encoding"), (64, 32)),
+    **dict.fromkeys(("pos_encoding", "pe", "learned_positions", "wpe", "wte", "token_embed", "tok_emb"), (64, 32)),
+    "positions/weight": (64, 32),
+    "rel_pos_bias": (12, 32),
+    "relative_position_bias_table": (12, 32),
+    "relative_attention_bias/embedding": (12, 32),
+    "decoder/embedding_table": (12, 32),
+    "class_embedding": (1, 32),
     "norm/weight": (12, 8),
     "layers/LayerNorm_0/scale": (12, 8),
     "layers/attention_norm/kernel": (12, 8),

@@ -159,3 +159,20 @@ def test_reverse_mode_goes_through_steps(topology: str) -> None:
     if topology == "rigl":
         with pytest.raises(ValueError, match="storage='dense'"):
             jax.grad(loss_after)(0.2, "compact")
+
+
+@pytest.mark.parametrize(("storage", "updates"), [("dense", "arrays"), ("compact", "arrays"), ("compact", "sparse")])
+def test_weights_that_were_never_masked_are_counted_without_a_topology_update(storage: str, updates: str) -> None:
+    """Arrays make them zero in the first step; sparse updates never reach them."""
+    tx = sparse(storage, agent_optax.static(), updates=updates)
+
+    @jit
+    def step(params: Any, opt_state: Any) -> Any:
+        updates, opt_state = tx.update(jax.tree.map(jnp.cos, params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    inactive = 30 - NUM_ACTIVE
+    for expected in (inactive, inactive if updates == "sparse" else 0):
+        assert int(agent_optax.diagnostics(opt_state, params)["num_nonzero_inactive"]) == expected
+        params, opt_state = step(params, opt_state)
