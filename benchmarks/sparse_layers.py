@@ -1,4 +1,4 @@
-"""What sparse layers cost: whole train steps of a multilayer perceptron, and convolutions, over their dense forms.
+"""What sparse layers cost: train steps and topology updates of a multilayer perceptron, convolutions, over dense forms.
 
 All are timed side by side in one process; the dense network runs under the same plain optimizer, without masks.
 
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from networks import NUM_CLASSES, NUM_INPUTS, batches
 from rich.console import Console
 from rich.table import Table
 
+import agent_optax
 from agent_optax import layers
 
 Dot = Callable[[int, jax.Array, Any], jax.Array]  # number of the layer, x, weights -> y
@@ -35,7 +36,7 @@ Dot = Callable[[int, jax.Array, Any], jax.Array]  # number of the layer, x, weig
 class Config:
     """What to measure."""
 
-    stages: tuple[Literal["mlp", "conv"], ...] = ("mlp", "conv")
+    stages: tuple[Literal["mlp", "rewire", "conv"], ...] = ("mlp", "rewire", "conv")
     layers: tuple[str, ...] = ("fan_in:32", "fan_in:16", "fan_in:8", "fan_in:1", "any_mask")
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)
     width: int = 2048
@@ -68,26 +69,33 @@ def connect(kind: str, key: jax.Array, inputs: int, outputs: int, sparsity: floa
     raise ValueError(f'layers must be "fan_in:GROUP" or "any_mask", got {kind!r}.')
 
 
-def train_step(dot: Dot, weights: list[jax.Array], config: Config) -> Callable[[], Any]:
-    """A closure that takes one step of a network with these hidden weights; its first layer needs no gradient to x."""
+def loss_fn(params: Any, batch: Any, dot: Dot) -> jax.Array:
+    """Cross-entropy of the network; its first layer needs no gradient to x."""
+    x, labels = batch
+    for i, (w, b) in enumerate(zip(params["hidden"], params["biases"], strict=True)):
+        x = jax.nn.relu(dot(i, x, w) + b)
+    return optax.softmax_cross_entropy_with_integer_labels(x @ params["output"], labels).mean()
+
+
+def start(weights: list[jax.Array], config: Config) -> tuple[Any, Any, optax.GradientTransformation]:
+    """Parameters with these hidden weights, a batch and an optimizer."""
     keys = jax.random.split(jax.random.key(0), 2)
     params = {
-        "hidden": [(w, jnp.zeros(config.width)) for w in weights],
+        "hidden": weights,
+        "biases": [jnp.zeros(config.width) for _ in weights],
         "output": jax.random.normal(keys[0], (config.width, NUM_CLASSES)) / jnp.sqrt(config.width),
     }
-    inputs, labels = jax.tree.map(lambda a: a[0], batches(1, config.batch))
+    batch = jax.tree.map(lambda a: a[0], batches(1, config.batch))
+    return params, batch, optax.sgd(0.01, momentum=config.momentum or None, nesterov=bool(config.momentum))
 
-    def loss_fn(params: Any) -> jax.Array:
-        x = inputs
-        for i, (w, b) in enumerate(params["hidden"]):
-            x = jax.nn.relu(dot(i, x, w) + b)
-        return optax.softmax_cross_entropy_with_integer_labels(x @ params["output"], labels).mean()
 
-    tx = optax.sgd(0.01, momentum=config.momentum or None, nesterov=bool(config.momentum))
+def train_step(dot: Dot, weights: list[jax.Array], config: Config) -> Callable[[], Any]:
+    """A closure that takes one step of a network with these hidden weights."""
+    params, batch, tx = start(weights, config)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, opt_state: Any) -> Any:
-        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params, batch, dot), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     state = [(params, tx.init(params))]
@@ -99,24 +107,56 @@ def train_step(dot: Dot, weights: list[jax.Array], config: Config) -> Callable[[
     return run
 
 
-def mlp_steps(config: Config) -> dict[str, Callable[[], Any]]:
-    """Whole train steps of 784-W-...-W-10."""
-    shapes = list(itertools.pairwise([NUM_INPUTS] + [config.width] * config.num_hidden))
+def hidden_shapes(config: Config) -> list[tuple[int, int]]:
+    """Of 784-W-...-W-10, without the output layer, which stays dense."""
+    return list(itertools.pairwise([NUM_INPUTS] + [config.width] * config.num_hidden))
+
+
+def dense_step(config: Config) -> Callable[[], Any]:
+    """A whole train step of the dense network."""
+    shapes = hidden_shapes(config)
     keys = jax.random.split(jax.random.key(1), len(shapes))
-    normal = jax.random.normal
-    dense = [normal(key, shape) / jnp.sqrt(shape[0]) for key, shape in zip(keys, shapes, strict=True)]
-    steps = {"dense": train_step(lambda i, x, w: x @ w, dense, config)}
+    weights = [jax.random.normal(key, shape) / jnp.sqrt(shape[0]) for key, shape in zip(keys, shapes, strict=True)]
+    return train_step(lambda i, x, w: x @ w, weights, config)
+
+
+def sparse_networks(config: Config) -> Iterator[tuple[str, list[layers.Connections], list[jax.Array]]]:
+    """Name, connections and weights of each network to measure."""
+    shapes = hidden_shapes(config)
+    keys = jax.random.split(jax.random.key(1), len(shapes))
     for kind, sparsity in itertools.product(config.layers, config.sparsities):
         connections = [connect(kind, key, *shape, sparsity) for key, shape in zip(keys, shapes, strict=True)]
-        weights = [
-            normal(key, c.values_shape) / jnp.sqrt(c.density * c.inputs)
-            for key, c in zip(keys, connections, strict=True)
-        ]
+        weights = [layers.init_values(key, c) for key, c in zip(keys, connections, strict=True)]
+        yield f"{kind}, {sparsity:.1%}", connections, weights
+
+
+def mlp_steps(config: Config) -> dict[str, Callable[[], Any]]:
+    """Whole train steps."""
+    steps = {"dense": dense_step(config)}
+    for name, connections, weights in sparse_networks(config):
 
         def dot(i: int, x: jax.Array, w: jax.Array, connections: Any = connections) -> jax.Array:
             return layers.sparse_dot(x, w, connections[i])
 
-        steps[f"{kind}, {sparsity:.1%}"] = train_step(dot, weights, config)
+        steps[name] = train_step(dot, weights, config)
+    return steps
+
+
+def sparse_loss(params: Any, batch: Any, connections: Any) -> jax.Array:
+    """As `layers.rewire` takes it."""
+    return loss_fn(params, batch, lambda i, x, w: layers.sparse_dot(x, w, connections["hidden"][i]))
+
+
+def rewirings(config: Config) -> dict[str, Callable[[], Any]]:
+    """Topology updates by RigL, over whole train steps of the dense network."""
+    steps = {"dense": dense_step(config)}
+    topology = agent_optax.rigl()
+    for name, connections, weights in sparse_networks(config):
+        params, batch, tx = start(weights, config)
+        arguments = (sparse_loss, params, {"hidden": connections}, tx.init(params), batch)
+        steps[name] = functools.partial(
+            layers.rewire, *arguments, tx=tx, topology=topology, step=100, key=jax.random.key(0)
+        )
     return steps
 
 
@@ -153,14 +193,15 @@ def main(config: Config) -> None:
     """Prints a table for each stage; writes JSON."""
     config = config.completed()
     rows = []
+    network = f"{NUM_INPUTS}-{'-'.join([str(config.width)] * config.num_hidden)}-{NUM_CLASSES}, batch {config.batch}"
     titles = {
-        "mlp": f"train step, {NUM_INPUTS}-{'-'.join([str(config.width)] * config.num_hidden)}-{NUM_CLASSES}, "
-        f"batch {config.batch}, momentum {config.momentum:g}",
+        "mlp": f"train step, {network}, momentum {config.momentum:g}",
+        "rewire": f"topology update, {network}, over a dense train step",
         "conv": f"3 x 3 convolution, {config.channels} channels, {config.size} x {config.size}, "
         f"batch {config.conv_batch}, forward and backward",
     }
     for stage in config.stages:
-        steps = {"mlp": mlp_steps, "conv": conv_steps}[stage](config)
+        steps = {"mlp": mlp_steps, "rewire": rewirings, "conv": conv_steps}[stage](config)
         seconds = interleaved_seconds(steps, config.rounds)
         table = Table(title=titles[stage])
         for column in ("layer", "ms", "ratio to dense"):

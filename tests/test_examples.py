@@ -170,3 +170,15 @@ def test_paired_difference_is_students(example):
     paired_difference = example("quickstart").paired_difference
     assert paired_difference(accuracy, baseline) == expected
     assert paired_difference(baseline, baseline) == "-"
+
+
+def test_larger_than_memory_rewires_and_prints_both_sizes(example, capsys):
+    module = example("larger_than_memory")
+    module.main(module.Config(width=64, num_layers=2, sparsity=0.9, num_steps=6, update_every=3, max_bytes=2**12))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "8,192 weights in dense layers, 896 parameters in sparse ones"
+    grown = [int(line.split()[2].replace(",", "")) for line in lines if "grown" in line]
+    assert len(grown) == 2 and min(grown) > 0
+    losses = [float(line.split()[3]) for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert lines[-1].startswith("dense training would take 0.0 GB")

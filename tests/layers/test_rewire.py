@@ -69,6 +69,7 @@ def loss_of(dot):
 sparse_loss, dense_loss = loss_of(layers.sparse_dot), loss_of(lambda x, kernel, _: x @ kernel)
 
 
+@jax.jit
 def dense(params, connections):
     return {name: layers.to_dense(values, connections[name]) for name, values in params.items()}
 
