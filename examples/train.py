@@ -11,6 +11,7 @@ Ctrl-C saves first; `--resume` goes on from there, bit for bit.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -29,7 +30,7 @@ from training.interruption import Interruption
 from training.journal import EpochRecord, Journal
 from training.network import Network, as_pixels, build_network
 from training.objective import build_objective, robust_accuracy
-from training.optimizer import build_optimizer, learning_rate_schedule
+from training.optimizer import build_optimizer, build_topology, learning_rate_schedule
 from training.plot import plot
 from training.presets import presets
 from training.steps import Order, Steps, TrainState
@@ -100,10 +101,13 @@ def build(config: Config, data: loaders.DataSet) -> tuple[Network, Steps, TrainS
     """The network, the compiled parts of its training, and the state before the first step."""
     root = jax.random.key(config.seed)
     params_key, topology_key, run_key = jax.random.split(root, 3)
-    network, params, batch_stats = build_network(config.model, data, params_key)
+    network, params, variables = build_network(config.model, config.topology, data, params_key)
     num_images = len(data.train.labels)
-    optimizer = optax.with_extra_args_support(build_optimizer(config, num_images // config.batch_size, topology_key))
-    steps = Steps(config, build_objective(config.objective, network), optimizer, num_images, batch_stats)
+    per_epoch = num_images // config.batch_size
+    optimizer = optax.with_extra_args_support(build_optimizer(config, per_epoch, topology_key))
+    changes = config.topology.layers == "sparse" and config.topology.name != "static"
+    topology = build_topology(config, per_epoch) if changes else None
+    steps = Steps(config, build_objective(config.objective, network), optimizer, num_images, variables, topology)
     return network, steps, steps.start(params, run_key)
 
 
@@ -119,6 +123,8 @@ def train_epoch(
         else:
             state = steps.refresh(state, *data.train, indices)
     per_call = config.steps_per_call or (50 if on_host else steps.per_epoch)
+    if steps.topology is not None:  # a topology update of sparse layers comes between two calls, all of one length
+        per_call = math.gcd(per_call, steps.per_epoch, steps.topology.interval)
     # Once refreshed, an epoch takes a step at least: what is saved is then known to be behind the refresh.
     while state.epoch_step < steps.per_epoch and not (interruption.is_requested and state.epoch_step):
         first = int(state.epoch_step)
@@ -129,6 +135,8 @@ def train_epoch(
             state = steps.take(state, data.train.images[rows], data.train.labels[rows], Order(here, part.batch_index))
         else:
             state = steps.take(state, *data.train, part)
+        last = part.indices[-1]
+        state = steps.rewire(state, *(a[np.asarray(last) if on_host else last] for a in data.train))
     return state
 
 
@@ -137,10 +145,11 @@ def measure(
 ) -> EpochRecord:
     """The record of an epoch that has come to its end."""
     total_steps = int(state.epoch + 1) * steps.per_epoch
-    has_report = config.topology.name != "dense" or config.correction.memory != "none"
+    is_sparsified = config.topology.name != "dense" and config.topology.layers == "dense"
+    has_report = is_sparsified or config.correction.memory != "none"
     report = agent_optax.diagnostics(state.opt_state) if has_report else {}
     means = {name: float(total) / steps.per_epoch for name, total in state.sums.items()}
-    test_loss, test_accuracy = evaluate(network, state.params, state.batch_stats, data.test)
+    test_loss, test_accuracy = evaluate(network, state.params, state.variables, data.test)
     return EpochRecord(
         epoch=int(state.epoch) + 1,
         seconds=seconds,
@@ -158,10 +167,11 @@ def measure(
 
 def summary(config: Config, data: loaders.DataSet, steps: Steps, state: TrainState) -> str:
     size = sum(param.size for param in jax.tree.leaves(state.params))
+    kind = "sparse layers" if config.topology.layers == "sparse" else f"{config.topology.storage} storage"
     sparse = (
         config.topology.name
         if config.topology.name == "dense"
-        else (f"{config.topology.name} at {config.topology.sparsity:.0%}, {config.topology.storage} storage")
+        else (f"{config.topology.name} at {config.topology.sparsity:.0%}, {kind}")
     )
     memory = config.correction.memory
     corrected = "plain SGD" if memory == "none" else f"{memory} with {config.correction.coefficient}"
@@ -202,7 +212,7 @@ def finish(
         rows = np.arange(count)
         images, labels = as_pixels(jnp.asarray(data.test.images[rows])), data.test.labels[rows]
         accuracy = robust_accuracy(config.objective, network)(
-            state.params, state.batch_stats, images, labels, jax.random.fold_in(state.key, config.epochs)
+            state.params, state.variables, images, labels, jax.random.fold_in(state.key, config.epochs)
         )
         console.print(
             f"robust accuracy under PGD-{config.objective.robust_steps}, {config.objective.robust_restarts} restarts, "

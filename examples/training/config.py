@@ -96,6 +96,10 @@ class TopologyConfig:
     """The gradient by which RigL grows."""
     stagger: bool = False
     """Whether layers change at different steps."""
+    layers: Literal["dense", "sparse"] = "dense"
+    """Dense kernels with zeros in them, or sparse layers, which hold and multiply only the weights that exist."""
+    group: int | None = None
+    """Of sparse layers: consecutive outputs that share their inputs. Default: 16."""
 
     def __post_init__(self) -> None:
         check(
@@ -118,6 +122,19 @@ class TopologyConfig:
         check(
             self.grow_by == "raw" or self.name in ("rigl", "rigl_itop"),
             f"--topology.grow-by {self.grow_by} is for rigl and rigl_itop: {self.name} does not grow by gradients.",
+        )
+        check(
+            self.layers == "dense" or self.name in ("static", "set", "rigl", "set_itop", "rigl_itop"),
+            f"--topology.layers sparse needs layers that keep their number of weights, and {self.name} changes it.",
+        )
+        check(
+            self.layers == "dense" or (self.storage == "dense" and self.grow_by == "raw" and not self.stagger),
+            "--topology.layers sparse takes no --topology.storage, --topology.grow-by and --topology.stagger: leave "
+            "them out.",
+        )
+        check(
+            self.layers == "sparse" or self.group is None,
+            f"--topology.group {self.group} is for --topology.layers sparse: leave it out.",
         )
         check(
             self.grow_by == "raw" or self.storage == "dense",

@@ -18,12 +18,12 @@ BATCH_SIZE = 500
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(
-    network: Network, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, rows: jax.Array
+    network: Network, params: Any, variables: Any, images: jax.Array, labels: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of losses and the number of right answers over batches [S, B] of rows; row -1 is none."""
 
     def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = network.evaluation_logits(params, batch_stats, as_pixels(images[rows]))
+        logits = network.evaluation_logits(params, variables, as_pixels(images[rows]))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
         is_right = jnp.argmax(logits, axis=-1) == labels[rows]
         return jnp.sum(jnp.where(rows >= 0, losses, 0)), jnp.sum(jnp.where(rows >= 0, is_right, False))
@@ -31,13 +31,13 @@ def _sums(
     return jax.tree.map(jnp.sum, jax.lax.map(of_batch, rows))
 
 
-def evaluate(network: Network, params: Any, batch_stats: Any, data: LabelledImages) -> tuple[float, float]:
+def evaluate(network: Network, params: Any, variables: Any, data: LabelledImages) -> tuple[float, float]:
     """The mean loss and the accuracy, in percent, over all images.
 
     Args:
         network: the structure.
         params: its parameters.
-        batch_stats: its running statistics.
+        variables: its running statistics.
         data: images on the device, in memory, or decoded on demand, then a batch at a time.
     """
     count = len(data.labels)
@@ -54,6 +54,6 @@ def evaluate(network: Network, params: Any, batch_stats: Any, data: LabelledImag
             for batch in rows
         )
     for part in parts:
-        part_loss, part_right = _sums(network, params, batch_stats, *part)
+        part_loss, part_right = _sums(network, params, variables, *part)
         loss, num_right = loss + float(part_loss), num_right + int(part_right)
     return loss / count, 100 * num_right / count

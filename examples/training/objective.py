@@ -23,33 +23,33 @@ class Objective:
     uses_clean: bool  # whether the loss wants logits on clean images
     combine: Callable[[jax.Array | None, jax.Array | None, jax.Array], jax.Array]  # clean, attacked logits; labels
 
-    def prepare(self, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> dict:
+    def prepare(self, params: Any, variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> dict:
         """The batch with its attacked images, made once, at the current weights and in evaluation mode.
 
         The old gradient is taken on the same attacked images, as in the paper.
         """
         batch = {"images": images, "labels": labels}
         if self.attack is not None:
-            batch["attacked"] = self.attack((params, batch_stats), images, labels, key)
+            batch["attacked"] = self.attack((params, variables), images, labels, key)
         return batch
 
-    def loss(self, params: Any, batch_stats: Any, batch: dict) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    def loss(self, params: Any, variables: Any, batch: dict) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         """The loss, and as auxiliary output the new statistics and how many labels were right."""
         clean = attacked = None
         if self.uses_clean:
-            clean, batch_stats = self.network.training_logits(params, batch_stats, batch["images"])
+            clean, variables = self.network.training_logits(params, variables, batch["images"])
         if self.attack is not None:
-            attacked, batch_stats = self.network.training_logits(params, batch_stats, batch["attacked"])
+            attacked, variables = self.network.training_logits(params, variables, batch["attacked"])
         logits = attacked if clean is None else clean
         num_right = jnp.sum(jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32)
-        return self.combine(clean, attacked, batch["labels"]), (batch_stats, num_right)
+        return self.combine(clean, attacked, batch["labels"]), (variables, num_right)
 
-    def natural_loss(self, params: Any, batch_stats: Any, batch: dict) -> jax.Array:
+    def natural_loss(self, params: Any, variables: Any, batch: dict) -> jax.Array:
         """The cross-entropy on clean images, for refresh passes: the mean gradient of the paper is not attacked.
 
         It does not depend on the running statistics, and its own are dropped: the live network never sees them.
         """
-        logits, _ = self.network.training_logits(params, batch_stats, batch["images"])
+        logits, _ = self.network.training_logits(params, variables, batch["images"])
         return mean_cross_entropy(logits, batch["labels"])
 
 
@@ -94,10 +94,10 @@ def robust_accuracy(config: ObjectiveConfig, network: Network) -> Callable[..., 
     )
 
     @jax.jit
-    def evaluate(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+    def evaluate(params: Any, variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         return adversarial.robust_accuracy(
             logits_fn,
-            (params, batch_stats),
+            (params, variables),
             images,
             labels,
             key=key,

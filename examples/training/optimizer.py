@@ -6,6 +6,7 @@ import jax
 import optax
 
 import agent_optax
+from agent_optax.typing import Topology
 from training.config import Config, CorrectionConfig, TopologyConfig
 
 
@@ -32,11 +33,11 @@ def build_optimizer(
     if config.correction.memory != "none":
         parts.insert(0, correction(config.correction, config.epochs, steps_per_epoch))
     inner = optax.chain(*parts)
-    if config.topology.name == "dense":
+    if config.topology.name == "dense" or config.topology.layers == "sparse":
         return inner
     return agent_optax.sparsify(
         inner,
-        topology(config.topology, rate, config.epochs, steps_per_epoch),
+        build_topology(config, steps_per_epoch),
         sparsity=config.topology.sparsity,
         distribution=getattr(agent_optax, config.topology.distribution),
         storage=config.topology.storage,
@@ -76,8 +77,18 @@ def correction(config: CorrectionConfig, epochs: int, steps_per_epoch: int) -> o
     return agent_optax.correct_gradients(memory, coefficient, scaling=scaling)
 
 
-def topology(config: TopologyConfig, learning_rate: optax.Schedule, epochs: int, steps_per_epoch: int):
-    """When and how the set of active weights changes."""
+def build_topology(config: Config, steps_per_epoch: int) -> Topology:
+    """When and how the set of active weights changes.
+
+    Raises:
+        ValueError: if it would never change in so few steps.
+    """
+    rate = learning_rate_schedule(config, config.epochs * steps_per_epoch)
+    return topology(config.topology, rate, config.epochs, steps_per_epoch)
+
+
+def topology(config: TopologyConfig, learning_rate: optax.Schedule, epochs: int, steps_per_epoch: int) -> Topology:
+    """The same, from its settings."""
     if config.name == "static":
         return agent_optax.static()
     total_steps = epochs * steps_per_epoch

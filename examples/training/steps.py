@@ -13,19 +13,21 @@ import optax
 from loaders import LabelledImages
 
 import agent_optax
+from agent_optax import layers
+from agent_optax.typing import Topology
 from training.augmentation import augment
 from training.config import Config
-from training.network import as_pixels
+from training.network import Variables, as_pixels
 from training.objective import Objective
 
-FIXED_BATCHES, ORDER, REFRESH, STEP = range(4)  # what a key is used for
+FIXED_BATCHES, ORDER, REFRESH, STEP, REWIRE = range(5)  # what a key is used for
 
 
 class TrainState(NamedTuple):
     """Everything that a run goes on from."""
 
     params: Any
-    batch_stats: Any  # running means and variances of BatchNorm
+    variables: Variables
     opt_state: optax.OptState
     key: jax.Array  # the root of all randomness; never changes
     epoch: jax.Array  # int32 []: epochs completed
@@ -56,7 +58,8 @@ class Steps:
     objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
     num_images: int
-    initial_stats: Any
+    initial_variables: Variables
+    topology: Topology | None  # of sparse layers; None where the optimizer has it, or nothing changes
 
     @property
     def per_epoch(self) -> int:
@@ -67,14 +70,14 @@ class Steps:
     def start(self, params: Any, key: jax.Array) -> TrainState:
         """The state before the first step, with exactly sparse parameters."""
         opt_state = self.optimizer.init(params)
-        if self.config.topology.name != "dense":
+        if self.config.topology.name != "dense" and self.config.topology.layers == "dense":
             params = agent_optax.mask_params(params, opt_state)
         names = ["loss", "num_right"]
         if self.config.correction.memory != "none":
             names += ["correlation", "correction_weight"]
         zero = jnp.zeros((), jnp.int32)
         sums = {name: jnp.zeros(()) for name in names}
-        return TrainState(params, self.initial_stats, opt_state, key, zero, zero, sums)
+        return TrainState(params, self.initial_variables, opt_state, key, zero, zero, sums)
 
     @functools.partial(jax.jit, static_argnums=0)
     def order(self, key: jax.Array, epoch: jax.Array) -> Order:
@@ -103,12 +106,12 @@ class Steps:
     def refresh(self, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> TrainState:
         """The refresh pass over the batches with these indices, augmented as those of the steps are."""
 
-        def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array], connections: Any) -> jax.Array:
             rows, key = batch
-            return self._refresh_loss(params, (images[rows], labels[rows], key))
+            return self._refresh_loss(params, (images[rows], labels[rows], key), connections)
 
         batches = indices, self._refresh_keys(state, len(indices))
-        return state._replace(opt_state=agent_optax.refresh(loss_fn, state.params, state.opt_state, batches))
+        return self._refreshed(loss_fn, state, batches)
 
     def refresh_from_host(self, state: TrainState, data: LabelledImages, indices: np.ndarray) -> TrainState:
         """The same, with one batch at a time on the device."""
@@ -116,7 +119,32 @@ class Steps:
         batches = (
             (jnp.asarray(data.images[rows]), jnp.asarray(data.labels[rows]), keys[i]) for i, rows in enumerate(indices)
         )
-        return state._replace(opt_state=agent_optax.refresh(self._refresh_loss, state.params, state.opt_state, batches))
+        return self._refreshed(self._refresh_loss, state, batches)
+
+    def _refreshed(self, loss_fn: Any, state: TrainState, batches: Any) -> TrainState:
+        args = (state.variables.connections,)
+        return state._replace(opt_state=agent_optax.refresh(loss_fn, state.params, state.opt_state, batches, args=args))
+
+    def rewire(self, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+        """The topology update of sparse layers after a step that took this batch, if one is due."""
+        step = int(state.epoch) * self.per_epoch + int(state.epoch_step)
+        if self.topology is None or not self.topology.is_due(step):
+            return state
+        batch_key, key = jax.random.split(_fold(state.key, state.epoch, REWIRE, state.epoch_step))
+        params, connections, opt_state, *_ = layers.rewire(
+            self._rewire_loss,
+            state.params,
+            state.variables.connections,
+            state.opt_state,
+            self._batch(state.params, state.variables, jnp.asarray(images), jnp.asarray(labels), batch_key),
+            tx=self.optimizer,
+            topology=self.topology,
+            step=step,
+            key=key,
+            args=(state.variables.batch_stats,),
+        )
+        variables = state.variables._replace(connections=connections)
+        return state._replace(params=params, opt_state=opt_state, variables=variables)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def take(self, state: TrainState, images: jax.Array, labels: jax.Array, order: Order) -> TrainState:
@@ -124,12 +152,11 @@ class Steps:
         grads_fn = agent_optax.value_and_grads(self.objective.loss, has_aux=True)
 
         def step(state: TrainState, order: Order) -> tuple[TrainState, None]:
-            params, batch_stats, opt_state = state.params, state.batch_stats, state.opt_state
-            augment_key, attack_key = jax.random.split(_fold(state.key, state.epoch, STEP, state.epoch_step))
-            batch_images = self._augmented(augment_key, images[order.indices])
-            batch = self.objective.prepare(params, batch_stats, batch_images, labels[order.indices], attack_key)
+            params, variables, opt_state = state.params, state.variables, state.opt_state
+            key = _fold(state.key, state.epoch, STEP, state.epoch_step)
+            batch = self._batch(params, variables, images[order.indices], labels[order.indices], key)
             # The statistics come from the evaluation at the current weights; those at the old ones are dropped.
-            ((loss, (batch_stats, num_right)), grads), extras = grads_fn(params, opt_state, batch_stats, batch)
+            ((loss, (variables, num_right)), grads), extras = grads_fn(params, opt_state, variables, batch)
             if self.config.correction.has_fixed_batches:
                 extras["batch_index"] = order.batch_index
             updates, opt_state = self.optimizer.update(grads, opt_state, params, **extras)
@@ -138,7 +165,7 @@ class Steps:
                 measured |= agent_optax.diagnostics(opt_state)
             return state._replace(
                 params=optax.apply_updates(params, updates),
-                batch_stats=batch_stats,
+                variables=variables,
                 opt_state=opt_state,
                 epoch_step=state.epoch_step + 1,
                 sums={name: total + measured[name] for name, total in state.sums.items()},
@@ -146,13 +173,26 @@ class Steps:
 
         return jax.lax.scan(step, state, order)[0]
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def _batch(
+        self, params: Any, variables: Variables, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Augmented, and attacked where training is adversarial."""
+        augment_key, attack_key = jax.random.split(key)
+        return self.objective.prepare(params, variables, self._augmented(augment_key, images), labels, attack_key)
+
     def _augmented(self, key: jax.Array, images: jax.Array) -> jax.Array:
         return as_pixels(augment(key, images, shift=self.config.data.shift, flip=self.config.data.flip))
 
-    def _refresh_loss(self, params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def _refresh_loss(self, params: Any, batch: tuple[jax.Array, jax.Array, jax.Array], connections: Any) -> jax.Array:
         images, labels, key = batch
         batch = {"images": self._augmented(key, images), "labels": labels}
-        return self.objective.natural_loss(params, self.initial_stats, batch)
+        variables = self.initial_variables._replace(connections=connections)
+        return self.objective.natural_loss(params, variables, batch)
+
+    def _rewire_loss(self, params: Any, batch: dict, connections: Any, batch_stats: Any) -> jax.Array:
+        loss, _ = self.objective.loss(params, Variables(batch_stats, connections), batch)
+        return loss
 
     def _refresh_keys(self, state: TrainState, count: int) -> jax.Array:
         return jax.random.split(_fold(state.key, state.epoch, REFRESH), count)

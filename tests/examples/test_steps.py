@@ -84,8 +84,8 @@ def test_every_objective_takes_an_epoch(data, name):
     _, _, start = train.build(config, data)
     steps, state = epochs(config, data)
     assert int(state.epoch_step) == steps.per_epoch == 4  # of 34 images, two are left out
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.batch_stats)))
-    assert not same(start.params, state.params) and not same(start.batch_stats, state.batch_stats)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.variables)))
+    assert not same(start.params, state.params) and not same(start.variables, state.variables)
     assert 0 <= float(state.sums["num_right"]) <= 32 and float(state.sums["loss"]) > 0
     report = agent_optax.diagnostics(state.opt_state)
     assert float(report["sparsity"]) == pytest.approx(0.5, abs=0.01) and int(report["num_topology_updates"]) == 2
@@ -98,8 +98,8 @@ def test_losses_of_the_objectives_differ_as_they_should(data):
     losses = {}
     for name, beta in (("natural", 6.0), ("at", 6.0), ("trades", 6.0), ("trades", 0.0)):
         objective = build_objective(dataclasses.replace(TINY.objective, name=name, beta=beta), network)
-        batch = objective.prepare(state.params, state.batch_stats, images, labels, jax.random.key(1))
-        losses[name, beta] = float(objective.loss(state.params, state.batch_stats, batch)[0])
+        batch = objective.prepare(state.params, state.variables, images, labels, jax.random.key(1))
+        losses[name, beta] = float(objective.loss(state.params, state.variables, batch)[0])
         if name != "natural":
             assert 0.05 < np.abs(batch["attacked"] - images).max() <= 0.1 + 1e-6
     assert losses["at", 6.0] > losses["natural", 6.0]
@@ -164,7 +164,7 @@ def test_topologies_that_change_the_size_of_layers(data, name):
 
 
 @pytest.mark.parametrize("objective", ["natural", "trades"])
-def test_batch_stats_see_the_current_weights_only(data, objective):
+def test_variables_see_the_current_weights_only(data, objective):
     """They are those of a network that evaluates nothing else: no refresh pass, no old gradient, no attack."""
     config = with_parts(
         objective=dataclasses.replace(TINY.objective, name=objective),
@@ -175,7 +175,7 @@ def test_batch_stats_see_the_current_weights_only(data, objective):
     _, steps, state = train.build(config, data)
     order = steps.order(state.key, state.epoch)
     refreshed = steps.refresh(copy(state), *data.train, steps.refresh_indices(order))
-    assert same(refreshed.batch_stats, state.batch_stats) and not same(refreshed.opt_state, state.opt_state)
+    assert same(refreshed.variables, state.variables) and not same(refreshed.opt_state, state.opt_state)
 
     first = steps.take(refreshed, *data.train, train.Order(*(rows[:1] for rows in order)))
     second = steps.take(copy(first), *data.train, train.Order(*(rows[1:2] for rows in order)))
@@ -185,11 +185,11 @@ def test_batch_stats_see_the_current_weights_only(data, objective):
     augment_key, attack_key = jax.random.split(_step_key(first))
     images = steps._augmented(augment_key, data.train.images[order.indices[1]])
     labels = data.train.labels[order.indices[1]]
-    batch = steps.objective.prepare(first.params, first.batch_stats, images, labels, attack_key)
-    _, expected = steps.objective.network.training_logits(first.params, first.batch_stats, images)
+    batch = steps.objective.prepare(first.params, first.variables, images, labels, attack_key)
+    _, expected = steps.objective.network.training_logits(first.params, first.variables, images)
     if objective == "trades":  # both forward passes of its loss count, as in its authors' code
         _, expected = steps.objective.network.training_logits(first.params, expected, batch["attacked"])
-    for left, right in zip(jax.tree.leaves(second.batch_stats), jax.tree.leaves(expected), strict=True):
+    for left, right in zip(jax.tree.leaves(second.variables), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)  # compiled apart
 
 
@@ -207,7 +207,7 @@ def test_attack_is_made_in_evaluation_mode(data):
     images, labels = data.train.images[:8] / np.float32(255), data.train.labels[:8]
     other = np.concatenate([images[:4], 1 - images[4:]])
     attacked = [
-        steps.objective.prepare(state.params, state.batch_stats, batch, labels, jax.random.key(3))["attacked"]
+        steps.objective.prepare(state.params, state.variables, batch, labels, jax.random.key(3))["attacked"]
         for batch in (images, other)
     ]
     np.testing.assert_allclose(attacked[0][:4], attacked[1][:4], rtol=0, atol=1e-6)
@@ -286,7 +286,7 @@ def test_shift_and_reflection_of_images():
 def test_evaluation_counts_every_image_once(data):
     network, _, state = train.build(TINY, data)
     images = jnp.asarray(data.test.images) / 255
-    logits = network.evaluation_logits(state.params, state.batch_stats, images)
+    logits = network.evaluation_logits(state.params, state.variables, images)
     expected = float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels)))
     accuracy = 100 * float(jnp.mean(jnp.argmax(logits, -1) == data.test.labels))
 
@@ -298,7 +298,7 @@ def test_evaluation_counts_every_image_once(data):
 
     for images in (data.test.images, jnp.asarray(data.test.images), OnDemand()):
         split = LabelledImages(images, data.test.labels)
-        loss, right = evaluate(network, state.params, state.batch_stats, split)
+        loss, right = evaluate(network, state.params, state.variables, split)
         assert loss == pytest.approx(expected, rel=1e-5) and right == pytest.approx(accuracy)
 
 
@@ -313,5 +313,5 @@ def test_tiny_vgg_trains():
         batch_size=4,
     )
     _, state = epochs(config, DataSet(split, split, 4))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.batch_stats)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.variables)))
     assert float(agent_optax.diagnostics(state.opt_state)["sparsity"]) == pytest.approx(0.8, abs=0.01)
