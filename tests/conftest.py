@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,8 +13,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"  # the tests take all cores by themselves
 )
-if platform.machine().lower() in ("x86_64", "amd64"):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=SSE4_2"  # a quarter less to compile than with the widest vectors
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # which has no such flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Many tests, and the programs that some of them start, compile the same: what one has compiled, the others load. The

@@ -22,6 +22,7 @@ __all__ = [
     "value_and_grads",
     "refresh",
     "rewire",
+    "prepare_rewiring",
     "mask_model",
     "opt_state",
     "SparseLinear",
@@ -171,7 +172,7 @@ def rewire(
 
     Weights, connections and the state of the optimizer change; shapes do not. What is said at
     `agent_optax.layers.rewire` of memory, of corrections and of numbers that are not finite holds here. Call it outside
-    `flax.nnx.jit`, after the step.
+    `flax.nnx.jit`, after the step. With a correction by a snapshot, call `prepare_rewiring` once before training.
 
     Args:
         loss_fn: ``loss_fn(model, batch) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. It must be the same
@@ -232,6 +233,31 @@ def rewire(
     nnx.update(model, rewired.params, rewired.connections)
     nnx.update(optimizer.opt_state, nnx.state(rewired.opt_state))
     return rewired.num_grown, rewired.is_finite
+
+
+def prepare_rewiring(model: Any, optimizer: nnx.Optimizer) -> None:
+    """Gives the model, in place, the structure that `rewire` will give it: see `agent_optax.layers.prepare_rewiring`.
+
+    So that a step does not compile once more after the first `rewire`, and checkpoints have one structure.
+
+    Args:
+        model: the model.
+        optimizer: a `flax.nnx.Optimizer` of the model.
+
+    Raises:
+        TypeError: if `optimizer` is no `flax.nnx.Optimizer`.
+        ValueError: if the model has no sparse layer.
+
+    Example:
+        >>> import agent_optax, agent_optax.flax
+        >>> from flax import nnx
+        >>> model = agent_optax.flax.nnx.SparseLinear(64, 32, sparsity=0.875, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, agent_optax.agent(0.1), wrt=nnx.Param)
+        >>> agent_optax.flax.nnx.prepare_rewiring(model, optimizer)
+    """
+    _check_optimizer(optimizer)
+    connections = _arrays(nnx.state(model, SparseConnections))
+    nnx.update(model, agent_optax.layers.prepare_rewiring(_params(model, optimizer), connections, opt_state(optimizer)))
 
 
 def mask_model(model: Any, optimizer: nnx.Optimizer) -> None:

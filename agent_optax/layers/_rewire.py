@@ -77,8 +77,8 @@ def rewire(
 
     the numbers that `agent_optax.sparsify` gives with dense kernels, ``pattern=fan_in(group=G)`` and the same gradient.
     Call it after a step, when ``topology.is_due(step)``; the gradient is that at the parameters after the step. Shapes
-    do not change, so nothing else compiles again. State of the optimizer moves along with the weights that stay, and is
-    the initial one where a weight has grown.
+    do not change, so nothing else compiles again (but see `prepare_rewiring`). State of the optimizer moves along with
+    the weights that stay, and is the initial one where a weight has grown.
 
     The dense gradient of a layer exists only during this call, for as many outputs at a time as `max_bytes` allows: a
     layer that is larger is rewired in parts of equal numbers of outputs, each as if it were a layer of its own, at the
@@ -89,7 +89,7 @@ def rewire(
     next refresh: hand the connections to `agent_optax.value_and_grads` and `agent_optax.refresh` as an argument of the
     loss, so that they see them; a loss that closes over connections would be evaluated with the wrong ones. `recursion`
     begins anew. Weights that have grown are not corrected before the memory has seen them, so corrections stay
-    mean-zero.
+    mean-zero. The first call adds the point; `prepare_rewiring` adds it from the start.
 
     Args:
         loss_fn: ``loss_fn(params, batch, connections, *args) -> loss``, or ``-> (loss, aux)`` with ``has_aux=True``. It
@@ -165,6 +165,50 @@ def rewire(
             is_finite &= usable
     leaves = tuple(layer.leaf for layer in layers), tuple(layer.name for layer in layers)
     return _changed(tx, leaves, params, connections, opt_state, masks, is_finite)
+
+
+def prepare_rewiring(params: optax.Params, connections: Any, opt_state: optax.OptState) -> Any:
+    """Connections of the structure that `rewire` will return, so that it is the same from the first step on.
+
+    Under a correction with an uncached `agent_optax.snapshot` the first `rewire` adds a `point` to the connections:
+    functions that take them compile once more, and a checkpoint from before has another structure than one from after.
+    Not so if the point is there from the start. Under any other optimizer connections stay as they are.
+
+    Args:
+        params: the parameters.
+        connections: a tree that holds the connections of each sparse layer, as `rewire` takes it.
+        opt_state: the state of the optimizer.
+
+    Returns:
+        Such a tree.
+
+    Raises:
+        ValueError: if no connections are found, or weights do not fit their connections.
+
+    Example:
+        >>> import agent_optax, jax
+        >>> from agent_optax import layers
+        >>> connections = {"hidden": layers.FanIn.random(jax.random.key(0), inputs=64, outputs=32, density=0.125)}
+        >>> params = {"hidden": layers.init_values(jax.random.key(1), connections["hidden"])}
+        >>> opt_state = agent_optax.agent(0.1).init(params)
+        >>> connections = layers.prepare_rewiring(params, connections, opt_state)
+        >>> connections["hidden"].point.parameter
+        'hidden'
+    """
+    layers = iter(_sparse_layers(params, connections))
+    if not any(map(counts_moves, find_corrections(opt_state))):
+        return connections
+
+    def with_point(node: Any) -> Any:
+        if not _is_connections(node):
+            return node
+        name = next(layers).name
+        if node.point is not None:
+            return node
+        stored = jax.tree.map(jnp.copy, node)
+        return dataclasses.replace(node, point=Point(stored, jnp.ones(node.values_shape, bool), jnp.asarray(-1), name))
+
+    return jax.tree.map(with_point, connections, is_leaf=_is_connections)
 
 
 def _is_connections(node: Any) -> bool:

@@ -75,9 +75,13 @@ class Steps:
         names = ["loss", "num_right"]
         if self.config.correction.memory != "none":
             names += ["correlation", "correction_weight"]
+        variables = self.initial_variables
+        if self.topology is not None:
+            connections = layers.prepare_rewiring(params, variables.connections, opt_state)
+            variables = variables._replace(connections=connections)
         zero = jnp.zeros((), jnp.int32)
         sums = {name: jnp.zeros(()) for name in names}
-        return TrainState(params, self.initial_variables, opt_state, key, zero, zero, sums)
+        return TrainState(params, variables, opt_state, key, zero, zero, sums)
 
     @functools.partial(jax.jit, static_argnums=0)
     def order(self, key: jax.Array, epoch: jax.Array) -> Order:

@@ -36,6 +36,13 @@ RUN = (
 ).split()
 
 
+SPARSE_LAYERS = (
+    "digits --epochs 4 --batch-size 64 --data.num-train 640 --data.shift 1 --model.hidden 32 "
+    "--topology.layers sparse --topology.group 4 --topology.name rigl --topology.sparsity 0.8 "
+    "--topology.update-every 5 --checkpoint-every 1"
+).split()
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """Runs share what they compile."""
@@ -134,6 +141,29 @@ def test_interrupted_run_goes_on_bit_for_bit(environment, whole_run, tmp_path, i
     assert any("batch_stats" in name for name in found) and any("opt_state" in name for name in found)
     assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
     assert rows_of(out) == rows_of(whole_run)
+
+
+def test_run_with_sparse_layers_resumes_bit_for_bit(environment, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = run(environment, *SPARSE_LAYERS, "--out", str(whole))
+    assert process.returncode == 0, process.stderr
+    assert "rigl at 80%, sparse layers" in process.stdout
+    assert read(whole / "metrics.csv")[-1].test_accuracy > 40  # chance is 10
+    process = start(environment, *SPARSE_LAYERS, "--out", str(parts))
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline and process.poll() is None:
+        if (parts / "metrics.csv").is_file() and len(read(parts / "metrics.csv")) >= 2:
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    process.communicate(timeout=600)
+    process = run(environment, *SPARSE_LAYERS, "--out", str(parts), "--resume")
+    assert process.returncode == 0, process.stderr
+    expected, found = arrays_of(whole), arrays_of(parts)
+    assert any("connections" in name for name in expected)
+    assert rows_of(whole) == rows_of(parts)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def test_finished_run_is_not_trained_again(environment, whole_run):
