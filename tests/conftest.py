@@ -1,5 +1,6 @@
 """What every test shares: JAX on the CPU, double precision on request, the golden numbers."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -40,6 +41,14 @@ def pytest_unconfigure() -> None:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if f"agent_optax_tests_{os.getpid()}_" in cache:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> Iterator[None]:
+    """Programs of a module are of no use to the next, and Python's garbage collector walks over all that is kept."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import jax
 
 from agent_optax import layers
 
-KINDS = ("fan_in:1", "fan_in:3", "fan_in:16", "fan_in:24", "any_mask")  # sums of rows up to groups of 15
+KINDS = ("fan_in:3", "fan_in:16", "any_mask")  # groups of up to 15 outputs are sums of rows
+OTHER_SIZES = ("fan_in:1", "fan_in:24")
 
 
 def connect(kind: str, inputs: int, outputs: int, density: float = 0.3, seed: int = 0) -> layers.Connections:

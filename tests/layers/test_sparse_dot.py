@@ -9,7 +9,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers_of_each_kind import KINDS, connect
+from layers_of_each_kind import KINDS, OTHER_SIZES, connect
 
 from agent_optax import layers
 from agent_optax.layers import _fan_in, _rows
@@ -36,7 +36,7 @@ def assert_close(actual, expected, atol=1e-4):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), actual, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, *OTHER_SIZES))
 @given(
     inputs=st.integers(1, 40),
     outputs=st.integers(1, 40),
@@ -44,7 +44,7 @@ def assert_close(actual, expected, atol=1e-4):
     density=st.sampled_from([0.01, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_value_and_gradients_are_those_of_the_dense_kernel(kind, inputs, outputs, batch, density, seed):
     connections = connect(kind, inputs, outputs, density, seed)
     x, values, dy = operands(connections, batch, seed=seed)
