@@ -10,7 +10,7 @@ from sparse_loop import train
 
 import agent_optax
 
-NUM_LAYERS, WIDTH, LENGTH, VOCABULARY = 2, 16, 6, 11
+NUM_LAYERS, WIDTH, LENGTH, VOCABULARY = 4, 16, 6, 11
 
 
 class Block(nn.Module):
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Of two blocks."""
+    """Of four blocks."""
 
     is_scanned: bool
 

@@ -103,7 +103,7 @@ else:
         masks = agent_optax.magnitude_masks(params, 0.8, scope="layer")
         expected = scanned_transformer.trained(True, params, masks, storage, None)
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-        by_layer, whole = NamedSharding(mesh, PartitionSpec("y")), NamedSharding(mesh, PartitionSpec())
+        by_layer, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
         params = {name: jax.device_put(p, by_layer if name == "blocks" else whole) for name, p in params.items()}
         with eight_devices.set_mesh(mesh):
             found = scanned_transformer.trained(True, params, masks, storage, None)
