@@ -148,7 +148,7 @@ def test_run_with_sparse_layers_resumes_bit_for_bit(environment, tmp_path):
     process = run(environment, *SPARSE_LAYERS, "--out", str(whole))
     assert process.returncode == 0, process.stderr
     assert "rigl at 80%, sparse layers" in process.stdout
-    assert read(whole / "metrics.csv")[-1].test_accuracy > 40  # chance is 10
+    assert read(whole / "metrics.csv")[-1].test_accuracy > 25  # chance is 10; groups of 4 cost much in so small a layer
     process = start(environment, *SPARSE_LAYERS, "--out", str(parts))
     deadline = time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
