@@ -6,7 +6,8 @@ from agent_optax.layers._dense import from_dense, to_dense
 from agent_optax.layers._fan_in import FanIn
 from agent_optax.layers._init_values import init_values
 from agent_optax.layers._of_mask import connections_of
-from agent_optax.layers._rewire import Rewired, prepare_rewiring, rewire
+from agent_optax.layers._prepare_rewiring import prepare_rewiring
+from agent_optax.layers._rewire import Rewired, rewire
 from agent_optax.layers._sparse_conv import sparse_conv
 from agent_optax.layers._sparse_dot import sparse_dot
 

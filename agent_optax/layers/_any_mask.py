@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agent_optax.layers._as_mask import as_mask
 from agent_optax.layers._connections import Connections, check_random
-from agent_optax.layers._fan_in import as_mask
-from agent_optax.layers._point import Places, Point
+from agent_optax.layers._places import Places
+from agent_optax.layers._point import Point
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
 from agent_optax.sparsity._pattern import Pattern, Unstructured
 from agent_optax.sparsity.storages._positions import positions

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.correction._layout import Layout
-from agent_optax.layers._point import Places, Point
+from agent_optax.layers._places import Places
+from agent_optax.layers._point import Point
 from agent_optax.sparsity._pattern import Pattern
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from agent_optax._validation import check_positive_int
+from agent_optax.layers._as_mask import as_mask
 from agent_optax.layers._connections import Connections, check_random
-from agent_optax.layers._point import Places, Point
+from agent_optax.layers._places import Places
+from agent_optax.layers._point import Point
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, split_rows, sums_of_rows
 from agent_optax.sparsity._layer import Layer
@@ -282,19 +283,6 @@ class FanIn(Connections):
 def fan_in(inputs: int, density: float) -> int:
     """The number of inputs of each output."""
     return max(1, round(density * inputs))
-
-
-def as_mask(mask: Any) -> np.ndarray:
-    """The mask in NumPy, checked."""
-    if isinstance(mask, Tracer):
-        raise TypeError("mask must be known: its number of True entries is a shape. Build connections outside jax.jit.")
-    array = np.asarray(mask)
-    if array.ndim != 2 or array.dtype != bool or 0 in array.shape:
-        raise ValueError(
-            f"mask must be a bool array [inputs, outputs], got {array.dtype} {list(array.shape)}. Reshape the mask of "
-            "a convolution to [height * width * channels in, channels out]."
-        )
-    return array
 
 
 def _connect(indices: jax.Array, inputs: int, outputs: int, group: int) -> FanIn:

@@ -8,8 +8,9 @@ import numpy as np
 
 from agent_optax._validation import check_positive_int
 from agent_optax.layers._any_mask import AnyMask
+from agent_optax.layers._as_mask import as_mask
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._fan_in import FanIn, as_mask
+from agent_optax.layers._fan_in import FanIn
 
 
 def connections_of(mask: Any, *, group: int = 16) -> Connections:

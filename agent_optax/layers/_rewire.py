@@ -16,12 +16,12 @@ from agent_optax._validation import check_positive_int
 from agent_optax.correction._find import find_corrections, map_corrections
 from agent_optax.correction._layout import counts_moves, num_refreshes
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._point import Places, Point
+from agent_optax.layers._places import Places
+from agent_optax.layers._point import Point
 from agent_optax.layers._probe import Probed
+from agent_optax.layers._sparse_layer import SparseLayer, is_connections, sparse_layers_of
 from agent_optax.sparsity._layer import Layer
-from agent_optax.sparsity._leaf_names import leaf_names, path_name
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity._where import check_sizes
 from agent_optax.sparsity.inner._state_arrays import leaf_of_each_state
 
 
@@ -33,15 +33,6 @@ class Rewired(NamedTuple):
     opt_state: Any  # weights that have grown begin anew
     num_grown: jax.Array  # int32 []: weights that exist now and did not before, as many as were dropped
     is_finite: jax.Array  # bool []: whether gradients and weights were finite; if not, nothing has changed
-
-
-class SparseLayer(NamedTuple):
-    """A sparse layer of a network."""
-
-    name: str  # of its weights
-    leaf: int  # which of the leaves of the parameters they are
-    connections: Connections
-    values: jax.Array  # the weights
 
 
 class Part(NamedTuple):
@@ -148,7 +139,7 @@ def rewire(
     _check_topology(topology)
     _check_memories(opt_state)
     check_positive_int("max_bytes", max_bytes, "it is the most that dense gradients may take at a time")
-    layers = _sparse_layers(params, connections)
+    layers = sparse_layers_of(params, connections)
     step, keys = jnp.asarray(step, jnp.int32), jax.random.split(key, max(len(layers), 1))
     masks: list[list[jax.Array]] = [[] for _ in layers]
     is_finite = jnp.asarray(True)
@@ -160,66 +151,18 @@ def rewire(
             layer, own_key = layers[part.layer], keys[part.layer]
             if part.size < layer.connections.outputs:
                 own_key = jax.random.fold_in(own_key, start)
-            mask, usable = _new_mask(topology, layer.connections, layer.values, grad, start, step, own_key)
-            masks[part.layer].append(mask)
+            units, usable = _in_units(layer.connections.without_point(), layer.values, grad, start)
+            masks[part.layer].append(_new_mask(topology, units, step, own_key))
             is_finite &= usable
     leaves = tuple(layer.leaf for layer in layers), tuple(layer.name for layer in layers)
     return _changed(tx, leaves, params, connections, opt_state, masks, is_finite)
-
-
-def prepare_rewiring(params: optax.Params, connections: Any, opt_state: optax.OptState) -> Any:
-    """Connections of the structure that `rewire` will return, so that it is the same from the first step on.
-
-    Under a correction with an uncached `agent_optax.snapshot` the first `rewire` adds a `point` to the connections:
-    functions that take them compile once more, and a checkpoint from before has another structure than one from after.
-    Not so if the point is there from the start. Under any other optimizer connections stay as they are.
-
-    Args:
-        params: the parameters.
-        connections: a tree that holds the connections of each sparse layer, as `rewire` takes it.
-        opt_state: the state of the optimizer.
-
-    Returns:
-        Such a tree.
-
-    Raises:
-        ValueError: if no connections are found, or weights do not fit their connections.
-
-    Example:
-        >>> import agent_optax, jax
-        >>> from agent_optax import layers
-        >>> connections = {"hidden": layers.FanIn.random(jax.random.key(0), inputs=64, outputs=32, density=0.125)}
-        >>> params = {"hidden": layers.init_values(jax.random.key(1), connections["hidden"])}
-        >>> opt_state = agent_optax.agent(0.1).init(params)
-        >>> connections = layers.prepare_rewiring(params, connections, opt_state)
-        >>> connections["hidden"].point.parameter
-        'hidden'
-    """
-    layers = iter(_sparse_layers(params, connections))
-    if not any(map(counts_moves, find_corrections(opt_state))):
-        return connections
-
-    def with_point(node: Any) -> Any:
-        if not _is_connections(node):
-            return node
-        name = next(layers).name
-        if node.point is not None:
-            return node
-        stored = jax.tree.map(jnp.copy, node)
-        return dataclasses.replace(node, point=Point(stored, jnp.ones(node.values_shape, bool), jnp.asarray(-1), name))
-
-    return jax.tree.map(with_point, connections, is_leaf=_is_connections)
-
-
-def _is_connections(node: Any) -> bool:
-    return isinstance(node, Connections)
 
 
 def _check_topology(topology: Any) -> None:
     if not isinstance(topology, Topology):
         raise TypeError(f"topology must be one such as agent_optax.rigl(), got {topology!r}.")
     keeps = topology.is_layerwise and topology.keeps_counts and topology.supports_groups and not topology.is_static
-    if not keeps or topology.storage() is not None or getattr(topology, "momentum", None) is not None:
+    if not keeps or jax.tree.leaves(topology.init(jnp.ones(()), jnp.ones((), bool), [])):
         raise ValueError(
             f"rewire needs a topology that replaces weights within a layer and remembers nothing, and {topology} is "
             "none: use agent_optax.rigl(), agent_optax.set_(), or agent_optax.drop_and_grow() without redistribute= "
@@ -236,34 +179,6 @@ def _check_memories(opt_state: optax.OptState) -> None:
             f"{type(memory_state).__name__} stores a point and does not count how often it moves, without which rewire "
             "cannot know with which connections it was stored: add a field num_refreshes, int32 [], to the state."
         )
-
-
-def _sparse_layers(params: optax.Params, connections: Any) -> list[SparseLayer]:
-    """Each of the connections and its weights, told by their names."""
-    leaves, names = jax.tree.leaves(params), leaf_names(params)
-    index = {f"/{name}".removesuffix("/values"): i for i, name in enumerate(names)}
-    layers = []
-    for path, node in jax.tree_util.tree_leaves_with_path(connections, is_leaf=_is_connections):
-        if not _is_connections(node):
-            continue
-        place = path_name(path)
-        name = f"/{place}".removesuffix("/connections")
-        if name not in index:
-            raise ValueError(
-                f"the connections at {place!r} go with the parameter {name[1:]!r} or {f'{name}/values'[1:]!r}, and the "
-                f"parameters are {names}."
-            )
-        leaf = index[name]
-        if jnp.shape(leaves[leaf]) != node.values_shape:
-            raise ValueError(
-                f"the parameter {names[leaf]!r} has the shape {list(jnp.shape(leaves[leaf]))}, but the connections at "
-                f"{place!r} have weights of shape {list(node.values_shape)}: are these those of another layer?"
-            )
-        layers.append(SparseLayer(names[leaf], leaf, node, leaves[leaf]))
-    if not layers:
-        raise ValueError("connections holds none: pass a tree of those that agent_optax.layers.FanIn.random makes.")
-    check_sizes({layer.name: layer.connections.inputs * layer.connections.outputs for layer in layers}, False)
-    return layers
 
 
 def _passes(layers: Sequence[SparseLayer], max_bytes: int) -> list[list[Part]]:
@@ -298,8 +213,8 @@ def _dense_gradients(
     args: tuple[Any, ...],
 ) -> list[jax.Array]:
     """[inputs, size] for each (layer, size, dtype): the gradient for all weights of its outputs, existing or not."""
-    nodes, treedef = jax.tree.flatten(connections, is_leaf=_is_connections)
-    places = [i for i, node in enumerate(nodes) if _is_connections(node)]
+    nodes, treedef = jax.tree.flatten(connections, is_leaf=is_connections)
+    places = [i for i, node in enumerate(nodes) if is_connections(node)]
 
     def loss(kernels: Sequence[jax.Array]) -> jax.Array:
         probed = list(nodes)
@@ -311,21 +226,20 @@ def _dense_gradients(
     return jax.grad(loss)([jnp.zeros((nodes[places[i]].inputs, size), dtype) for i, size, dtype in kinds])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _new_mask(
-    topology: Topology,
-    connections: Connections,
-    values: jax.Array,
-    grads: jax.Array,
-    start: jax.Array,
-    step: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Bool [inputs, units] of a part of a layer, and whether its numbers are finite."""
+@jax.jit
+def _in_units(
+    connections: Connections, values: jax.Array, grads: jax.Array, start: jax.Array
+) -> tuple[Layer, jax.Array]:
+    """A part of a layer in units of its pattern, and whether its numbers are finite."""
     units = connections.pattern.units(Layer(grads, jnp.ones_like(grads, dtype=bool), grads, ever_active=None))
     weights, mask = connections.unit_part(values, start, grads.shape[1])
-    mask = topology.rewire_layer(units._replace(weights=weights, mask=mask), step, key)
-    return mask, all_finite((grads, values))
+    return units._replace(weights=weights, mask=mask), all_finite((grads, values))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _new_mask(topology: Topology, part: Layer, step: jax.Array, key: jax.Array) -> jax.Array:
+    """Bool [inputs, units]; compiled once for parts of equal shapes, however many weights they have."""
+    return topology.rewire_layer(part, step, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -339,13 +253,13 @@ def _changed(
     is_finite: jax.Array,
 ) -> Rewired:
     """Everything at the new connections; as it was unless `is_finite`."""
-    nodes, treedef = jax.tree.flatten(connections, is_leaf=_is_connections)
+    nodes, treedef = jax.tree.flatten(connections, is_leaf=is_connections)
     version = num_refreshes(opt_state)
     has_point = any(map(counts_moves, find_corrections(opt_state)))
     weights, params_treedef = jax.tree.flatten(params)
     places: dict[int, Places] = {}
     num_grown = jnp.zeros((), jnp.int32)
-    numbers = [i for i, node in enumerate(nodes) if _is_connections(node)]
+    numbers = [i for i, node in enumerate(nodes) if is_connections(node)]
     for i, leaf, name, parts in zip(numbers, *leaves, masks, strict=True):
         old = nodes[i]
         new = old.with_unit_mask(jnp.where(is_finite, jnp.concatenate(parts, axis=1), old.unit_mask()))

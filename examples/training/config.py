@@ -125,7 +125,7 @@ class TopologyConfig:
         )
         check(
             self.layers == "dense" or self.name in ("static", "set", "rigl", "set_itop", "rigl_itop"),
-            f"--topology.layers sparse needs layers that keep their number of weights, and {self.name} changes it.",
+            f"--topology.layers sparse is for static, set, rigl, set_itop and rigl_itop, not for {self.name}.",
         )
         check(
             self.layers == "dense" or (self.storage == "dense" and self.grow_by == "raw" and not self.stagger),

@@ -236,6 +236,24 @@ def test_what_is_not_finite_changes_nothing(optimizer, bad):
     )
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "snapshot"])
+def test_prepared_connections_keep_their_structure_and_types(optimizer):
+    """So nothing that takes them compiles again, and a checkpoint from before is like one from after."""
+    connections, params = start("fan_in:3")
+    tx = OPTIMIZERS[optimizer]()
+    opt_state = tx.init(params)
+    batch = jax.tree.map(lambda a: a[0], batches())
+    connections = layers.prepare_rewiring(params, connections, opt_state)
+    rewired = layers.rewire(
+        sparse_loss, params, connections, opt_state, batch, tx=tx, topology=TOPOLOGIES["rigl"], step=2,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    before, after = (params, connections, opt_state), (rewired.params, rewired.connections, rewired.opt_state)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert [str(jax.typeof(a)) for a in jax.tree.leaves(before)] == [str(jax.typeof(a)) for a in jax.tree.leaves(after)]
+    assert [a.weak_type for a in jax.tree.leaves(before)] == [a.weak_type for a in jax.tree.leaves(after)]
+
+
 def test_recursion_begins_anew():
     connections, params = start("fan_in:3")
     tx = agent_optax.storm(0.1)
@@ -273,13 +291,16 @@ def test_errors_name_what_is_wrong():
 
     with pytest.raises(TypeError, match="topology must be one such as"):
         call(topology="rigl")
-    for topology in (agent_optax.static(), agent_optax.snfs(), agent_optax.gradual_pruning(1000)):
+    with_memory = agent_optax.drop_and_grow(grow=agent_optax.momentum_magnitude, momentum=0.9)
+    for topology in (agent_optax.static(), agent_optax.snfs(), agent_optax.gradual_pruning(1000), with_memory):
         with pytest.raises(ValueError, match="replaces weights within a layer"):
             call(topology=topology)
     with pytest.raises(ValueError, match="'third' or 'third/values', and the parameters are"):
         call(connections={"third": connections["first"]})
     with pytest.raises(ValueError, match=r"'first' has the shape \[20, 5\].*weights of shape \[16, 8\]"):
         call(connections={"first": connections["second"]})
+    with pytest.raises(ValueError, match="two of the connections go with the parameter 'first'"):
+        call(connections={"first": connections["first"], "first/connections": connections["first"]})
     with pytest.raises(ValueError, match="connections holds none"):
         call(connections={})
     with pytest.raises(ValueError, match="max_bytes must be"):
