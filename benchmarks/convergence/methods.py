@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import optax
@@ -14,6 +14,8 @@ from convergence.setting import Setting
 
 LOSS_PASS = 1 / 3  # a forward pass, in gradient evaluations
 OUTPUT_LAYER = "2/kernel"  # of the network of R9
+RATES = (0.02, 0.05, 0.1, 0.2)  # tried for each of the networks whose seconds are compared
+BEST_RATES: dict[str, float] = {}  # as the suite time-to-accuracy-rates finds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Method:
     epoch_multiple: int = 1  # trains so many times as long, and its accuracy is read off as often as that of the others
     storage: Literal["dense", "compact"] = "compact"
     pattern: Any = None  # which masks are allowed, as sparsify takes it
+    group: int | None = None  # sparse layers whose outputs share their inputs in groups of so many; None: dense kernels
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the setting
+
+    def own(self, setting: Setting) -> Setting:
+        """The setting as this method changes it."""
+        changed = dataclasses.replace(setting, **self.changes)
+        return dataclasses.replace(changed, averages=changed.averages and self.group is None)
 
     def optimizer(self, setting: Setting, key: Any, masks: Any = None) -> optax.GradientTransformationExtraArgs:
         """The sparse optimizer, scheduled over the epochs that this method runs."""
@@ -145,6 +154,29 @@ def _storm(a: float) -> Method:
     return Method(_corrected(_recursion, fixed(1 - a)), step_gradients=2)
 
 
+def _timed() -> dict[str, Method]:
+    """Dense, masked and sparse networks whose seconds are compared."""
+    corrections = {
+        "": Method(_sgd),
+        ", gradient regression": _snapshot_method(regression()),
+        ", table": Method(_corrected(_table, regression()), fixes_batches=True),
+    }
+    timed = {
+        "dense": Method(_sgd, changes={"topology": "dense"}),
+        "masks, RigL": Method(_sgd, storage="dense", changes={"topology": "rigl"}),
+    }
+    for label, topology in (("static", "static"), ("SET", "set"), ("RigL", "rigl")):
+        for correction, method in corrections.items():
+            timed[f"sparse layers, {label}{correction}"] = dataclasses.replace(
+                method, group=32, changes={"topology": topology}
+            )
+    return timed
+
+
+def _with_rate(method: Method, rate: float) -> Method:
+    return dataclasses.replace(method, changes={**method.changes, "learning_rate": rate})
+
+
 def _ablating(share: float) -> Callable[[str], agent_optax.typing.Pattern]:
     """Constant fan-in with ablation in the hidden layers: an output of the last layer is a class."""
     return lambda name: agent_optax.fan_in(ablation=None if name == OUTPUT_LAYER else share)
@@ -220,6 +252,10 @@ METHODS: dict[str, Method] = {
         )
         for name, method in (("SGD", Method(_sgd)), ("gradient regression", _snapshot_method(regression())))
     },
+    **{name: _with_rate(method, BEST_RATES.get(name, 0.1)) for name, method in _timed().items()},
+    **{f"{name}, rate {rate:g}": _with_rate(method, rate) for name, method in _timed().items() for rate in RATES},
     # Under attack.
     "gradient regression, attacked mean": _snapshot_method(regression(), attacks_refresh=True),
 }
+
+TIMED = tuple(_timed())  # the networks whose seconds are compared

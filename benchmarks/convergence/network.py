@@ -11,9 +11,12 @@ import numpy as np
 import optax
 import scipy.sparse
 
+from agent_optax import erk, layers
+
 NUM_CLASSES = 10
 MOST_SPARSE = 0.05  # density up to which a sparse product is the faster one
 Params = list[dict[str, jax.Array]]
+Connections = list[dict[str, layers.FanIn]]  # an empty dictionary for a layer that stays dense
 
 
 def init_params(key: jax.Array, num_inputs: int, hidden: tuple[int, ...]) -> Params:
@@ -33,18 +36,56 @@ def sparse_start(params: Params, masks: Any) -> Params:
     return jax.tree.map(scaled, masks, params, is_leaf=lambda x: x is None)
 
 
-def logits(params: Params, images: jax.Array) -> jax.Array:
+def sparse_layers_start(
+    key: jax.Array, num_inputs: int, hidden: tuple[int, ...], sparsity: float, group: int
+) -> tuple[Params, Connections]:
+    """Sparse layers with ERK's densities and He initialisation of the fan-in that exists."""
+    shapes = list(itertools.pairwise((num_inputs, *hidden, NUM_CLASSES)))
+    he_normal = jax.nn.initializers.he_normal()
+    params, connections = [], []
+    keys = jax.random.split(key, len(shapes))
+    for own_key, shape, density in zip(keys, shapes, erk(shapes, sparsity), strict=True):
+        if density == 1:
+            connections.append({})
+            weights = {"kernel": he_normal(own_key, shape)}
+        else:
+            connections_key, values_key = jax.random.split(own_key)
+            fan_in = layers.FanIn.random(
+                connections_key, inputs=shape[0], outputs=shape[1], density=density, group=group
+            )
+            connections.append({"connections": fan_in})
+            weights = {"values": layers.init_values(values_key, fan_in, he_normal)}
+        params.append({**weights, "bias": jnp.zeros(shape[1])})
+    return params, connections
+
+
+def to_dense(params: Params, connections: Connections | None) -> Params:
+    """Parameters with a kernel in each layer."""
+    if connections is None:
+        return params
+    return [
+        {"kernel": layers.to_dense(layer["values"], own["connections"]), "bias": layer["bias"]} if own else layer
+        for layer, own in zip(params, connections, strict=True)
+    ]
+
+
+def logits(params: Params, images: jax.Array, connections: Connections | None = None) -> jax.Array:
     """Logits [B, 10] of images [B, D]."""
-    *hidden, last = params
-    for layer in hidden:
-        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
-    return images @ last["kernel"] + last["bias"]
+    connections = connections or [{}] * len(params)
+    for i, (layer, own) in enumerate(zip(params, connections, strict=True)):
+        if own:
+            images = layers.sparse_dot(images, layer["values"], own["connections"]) + layer["bias"]
+        else:
+            images = images @ layer["kernel"] + layer["bias"]
+        if i < len(params) - 1:
+            images = jax.nn.relu(images)
+    return images
 
 
-def loss_fn(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+def loss_fn(params: Params, batch: tuple[jax.Array, jax.Array], connections: Connections | None = None) -> jax.Array:
     """Mean cross-entropy of a batch."""
     images, labels = batch
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images, connections), labels))
 
 
 def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:

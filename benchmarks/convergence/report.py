@@ -18,6 +18,11 @@ KEYS = ("case", "method", "seed", "epoch")
 FIELDS = Run._fields[:-2]  # by epoch
 COLORS = ("#444444", "#b5651d", "#c2334d", "#1f5f99", "#2f7d4f", "#7a5195", "#d99000", "#00a0a0", "#a0a0a0", "#e377c2")
 
+COSTS = {
+    "evaluations": "gradient evaluations, in passes over the training images",
+    "seconds": "seconds of training on one core",
+}
+
 
 def write_csv(path: Path, results: dict[str, dict[str, list[Run]]], seeds: tuple[int, ...]) -> None:
     """One row an epoch; columns that hold nothing are left out."""
@@ -69,7 +74,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 def describe(case: Case) -> str:
     """The setting in words."""
     s = case.setting
-    topology = {"set": "SET", "rigl": "RigL", "static": "a static mask"}[s.topology]
+    topology = {"set": "SET", "rigl": "RigL", "static": "a static mask", "dense": "dense"}[s.topology]
     layers = "-".join(map(str, (s.images.train_images.shape[1], *s.hidden, 10)))
     parts = [
         f"{s.dataset}, {len(s.images.train_images):,} images",
@@ -103,7 +108,7 @@ def markdown(suite: Suite, results: dict[str, dict[str, list[Run]]], seeds: tupl
 
 
 def plot(suite: Suite, results: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    """Accuracy over epochs and over gradient evaluations, a row of two panels a case."""
+    """Accuracy over epochs and over gradient evaluations or seconds, a row of two panels a case."""
     cases = suite.cases[:4]
     figure = matplotlib.figure.Figure(figsize=(9.5, 3.2 * len(cases)), layout="constrained")
     panels = figure.subplots(len(cases), 2, squeeze=False)
@@ -113,8 +118,8 @@ def plot(suite: Suite, results: dict[str, dict[str, list[Run]]], path: Path) -> 
         for i, (name, c) in enumerate(curves.items()):
             look = {"color": COLORS[i % len(COLORS)], "linewidth": 1.5, "linestyle": "--" if i >= len(COLORS) else "-"}
             left.plot(np.arange(1, c.accuracy.shape[1] + 1), c.accuracy.mean(axis=0), label=name, **look)
-            right.plot(c.evaluations, c.accuracy.mean(axis=0), **look)
-        for axes, label in ((left, "epoch"), (right, "gradient evaluations, in passes over the training images")):
+            right.plot(getattr(c, suite.figure_cost), c.accuracy.mean(axis=0), **look)
+        for axes, label in ((left, "epoch"), (right, COSTS[suite.figure_cost])):
             axes.set(xlabel=label, ylabel="test accuracy, %", ylim=(np.percentile(means, 8) - 1, means.max() + 0.5))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.5)

@@ -22,7 +22,7 @@ class Setting:
     num_test: int | None = None
     hidden: tuple[int, ...] = (300, 100)
     sparsity: float = 0.99
-    topology: Literal["set", "rigl", "static"] = "set"
+    topology: Literal["set", "rigl", "static", "dense"] = "set"  # "dense": no weight is pruned
     batch_size: int = 32
     learning_rate: float = 0.1
     decays: bool = False  # the rate, to a tenth at half and again at three quarters of the epochs, as in the paper
@@ -74,17 +74,23 @@ class Setting:
         storage: Literal["dense", "compact"] = "dense",
         pattern: Any = None,
     ) -> optax.GradientTransformationExtraArgs:
-        """One topology update an epoch, in its middle, so that weights have settled when accuracy is measured."""
+        """The optimizer of dense kernels."""
+        if self.topology == "dense":
+            return optax.with_extra_args_support(inner)
+        topology = self.topology_updates()
+        return agent_optax.sparsify(
+            inner, topology, sparsity=self.sparsity, key=key, masks=masks, storage=storage, pattern=pattern
+        )
+
+    def topology_updates(self) -> agent_optax.typing.Topology:
+        """One an epoch, in its middle, so that weights have settled when accuracy is measured."""
         interval = self.steps_an_epoch
         times = {"update_every": interval, "start": interval // 2}
         schedule = optax.cosine_decay_schedule(
             DROP_FRACTION, self.total_steps, alpha=FINAL_DROP_FRACTION / DROP_FRACTION
         )
-        topology = {
+        return {
             "set": lambda: agent_optax.set_(drop_fraction=schedule, **times),
             "rigl": lambda: agent_optax.rigl(drop_fraction=schedule, **times),
             "static": agent_optax.static,
         }[self.topology]()
-        return agent_optax.sparsify(
-            inner, topology, sparsity=self.sparsity, key=key, masks=masks, storage=storage, pattern=pattern
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Suite:
     seeds: int = 6
     smoke_methods: tuple[str, ...] = ()  # of the first case; by default its first two
     smoke_rewires: bool = False
+    figure_cost: Literal["evaluations", "seconds"] = "evaluations"  # on the axis of the figure's second panel
 
 
 class Curves:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from convergence import comparison
+from convergence.methods import METHODS
 from convergence.suite import Case, Curves
 
 
@@ -85,6 +86,51 @@ def to_targets(case: Case, curves: dict[str, Curves]) -> list[list[str]]:
             needed, evaluations = (comparison.cost_to(target, c.accuracy, cost) for cost in (epochs, c.evaluations))
             row.append("never" if np.isnan(needed) else f"{needed:.1f} epochs, {evaluations:.1f} evaluations")
         rows.append(row)
+    return rows
+
+
+def seconds_to_targets(case: Case, curves: dict[str, Curves]) -> list[list[str]]:
+    """Seconds to accuracies below the baseline's, alone and over the baseline's to its own less half a point."""
+    baseline = curves[case.methods[0]]
+    first = case.methods[0]
+    end = comparison.target_accuracy(baseline.accuracy)
+    targets = [end - below for below in (2, 1, 0.5, 0)]
+    reference = comparison.cost_to(targets[2], baseline.accuracy, baseline.seconds)
+    rows = [
+        [
+            "network",
+            "rate",
+            "seconds an epoch",
+            "accuracy, last epochs",
+            f"minus {first}",
+            *(f"seconds to {t:.1f}%" for t in targets),
+            f"seconds to {targets[2]:.1f}%, over {first}",
+        ]
+    ]
+    for name, c in curves.items():
+        last = c.accuracy[:, -comparison.LAST_EPOCHS :].mean(axis=1)
+        difference = comparison.paired_difference(last, baseline.accuracy[:, -comparison.LAST_EPOCHS :].mean(axis=1))
+        seconds = [comparison.cost_to(target, c.accuracy, c.seconds) for target in targets]
+        rows.append(
+            [
+                name,
+                f"{METHODS[name].own(case.setting).learning_rate:g}",
+                f"{c.seconds[-1] / case.setting.epochs:.2f}",
+                f"{last.mean():.2f}",
+                "-" if c is baseline else str(difference),
+                *map(_or_dash, seconds),
+                _or_dash(seconds[2] / reference, 2),
+            ]
+        )
+    return rows
+
+
+def last_accuracies(case: Case, curves: dict[str, Curves]) -> list[list[str]]:
+    """Accuracy over the last epochs, mean and standard deviation over seeds."""
+    rows = [["method", "accuracy, last epochs"]]
+    for name, c in curves.items():
+        last = c.accuracy[:, -comparison.LAST_EPOCHS :].mean(axis=1)
+        rows.append([name, f"{last.mean():.2f} ± {last.std(ddof=1):.2f}"])
     return rows
 
 

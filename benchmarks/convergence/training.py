@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import agent_optax
-from agent_optax import adversarial, analysis
+from agent_optax import adversarial, analysis, layers
 from convergence import images, network
 from convergence.methods import METHODS, Method
 from convergence.setting import Setting
@@ -52,12 +52,23 @@ class Programs(NamedTuple):
 
     steps: Any  # half an epoch
     refresh: Any  # None without a snapshot
+    rewire: Any  # a topology update of sparse layers; None where the optimizer does it, or nothing does
     probe: Any  # None where nothing is measured
+
+
+class State(NamedTuple):
+    """What training changes."""
+
+    params: Any
+    connections: Any  # of sparse layers; None for dense kernels
+    opt_state: optax.OptState
+    average: Any  # None where there is none
 
 
 def train(name: str, setting: Setting, seeds: tuple[int, ...]) -> list[Run]:
     """Trains the method of this name from each seed."""
     method = METHODS[name]
+    setting = method.own(setting)
     programs = _compiled(name, setting)
     return [_train_seed(method, setting, programs, seed) for seed in seeds]
 
@@ -93,6 +104,8 @@ def _compiled_start(setting: Setting, pattern: Any) -> Any:
     def start(key: jax.Array) -> tuple[Any, Any, jax.Array]:
         params_key, topology_key = jax.random.split(key)
         params = network.init_params(params_key, num_inputs, setting.hidden)
+        if setting.topology == "dense":
+            return params, None, topology_key
         opt_state = setting.sparsified(optax.identity(), topology_key, pattern=pattern).init(params)
         masks = agent_optax.active_masks(opt_state, params)
         return network.sparse_start(params, masks), masks, topology_key
@@ -100,9 +113,24 @@ def _compiled_start(setting: Setting, pattern: Any) -> Any:
     return jax.jit(start).lower(jax.random.key(0)).compile(compiler_options=QUICK)
 
 
-def _start(method: Method, setting: Setting, seed: int) -> tuple[Any, optax.OptState]:
+@functools.cache
+def _compiled_layers_start(setting: Setting, group: int) -> Any:
+    num_inputs = setting.images.train_images.shape[1]
+
+    def start(key: jax.Array) -> tuple[Any, Any]:
+        return network.sparse_layers_start(key, num_inputs, setting.hidden, setting.sparsity, group)
+
+    return jax.jit(start).lower(jax.random.key(0)).compile(compiler_options=QUICK)
+
+
+def _start(method: Method, setting: Setting, seed: int) -> State:
+    if method.group is not None:
+        params, connections = _compiled_layers_start(setting, method.group)(jax.random.key(seed))
+        opt_state = method.inner(setting).init(params)
+        return State(params, layers.prepare_rewiring(params, connections, opt_state), opt_state, average=None)
     params, masks, key = _sparse_start(setting, method.pattern, seed)
-    return jax.tree.map(jnp.copy, params), method.optimizer(setting, key, masks).init(params)
+    average = jax.tree.map(jnp.copy, params) if setting.averages else None
+    return State(jax.tree.map(jnp.copy, params), None, method.optimizer(setting, key, masks).init(params), average)
 
 
 @functools.cache
@@ -112,46 +140,57 @@ def _compiled(name: str, setting: Setting) -> Programs:
     attack = attack_of(setting, setting.attack_steps) if setting.attack_epsilon else None
     grads_fn = agent_optax.value_and_grads(network.loss_fn)
 
-    params, opt_state = _start(method, setting, seed=0)
-    tx = method.optimizer(setting, key=0)  # key and masks matter to the start alone: the state carries them on
+    start = _start(method, setting, seed=0)
+    # Key and masks matter to the start alone: the state carries them on.
+    tx = method.optimizer(setting, key=0) if method.group is None else method.inner(setting)
+    tx = optax.with_extra_args_support(tx)
 
-    def step(data: Any, carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        params, opt_state, average = carry
+    def step(data: Any, carry: State, inputs: Any) -> tuple[State, jax.Array]:
+        params, connections, opt_state, average = carry
         indices, batch_index, key = inputs
         batch = data[0][indices], data[1][indices]
         if attack is not None:
             batch = jax.lax.stop_gradient(attack(params, *batch, key)), batch[1]
-        (_, grads), extras = grads_fn(params, opt_state, batch)
+        (_, grads), extras = grads_fn(params, opt_state, batch, connections)
         updates, opt_state = tx.update(grads, opt_state, params, batch_index=batch_index, **extras)
         params = optax.apply_updates(params, updates)
         if average is not None:
             average = optax.incremental_update(params, average, 1 - AVERAGE_DECAY)
-        report = agent_optax.diagnostics(opt_state)
-        return (params, opt_state, average), jnp.stack([report.get(f, jnp.nan) for f in MEASURED])
+        return State(params, connections, opt_state, average), _measured(opt_state)
 
-    def steps(params: Any, opt_state: Any, average: Any, inputs: Any, data: Any) -> tuple[Any, jax.Array]:
-        return jax.lax.scan(functools.partial(step, data), (params, opt_state, average), inputs)
+    def steps(state: State, inputs: Any, data: Any) -> tuple[State, jax.Array]:
+        return jax.lax.scan(functools.partial(step, data), state, inputs)
 
-    def refresh(params: Any, opt_state: Any, indices: jax.Array, key: jax.Array, data: Any) -> Any:
+    def refresh(state: State, indices: jax.Array, key: jax.Array, data: Any) -> Any:
         batches = data[0][indices], data[1][indices]
         if method.attacks_refresh:
             keys = jax.random.split(key, len(indices))
-            attacked = jax.lax.map(lambda batch: attack(params, *batch), (*batches, keys))
+            attacked = jax.lax.map(lambda batch: attack(state.params, *batch), (*batches, keys))
             batches = attacked, batches[1]
-        return agent_optax.refresh(network.loss_fn, params, opt_state, batches)
+        args = () if state.connections is None else (state.connections,)
+        return agent_optax.refresh(network.loss_fn, state.params, state.opt_state, batches, args=args)
+
+    rewire = None
+    if method.group is not None and setting.topology not in ("static", "dense"):
+        topology = setting.topology_updates()
+
+        def rewire(state: State, indices: jax.Array, step: int, key: jax.Array, data: Any) -> State:
+            batch = data[0][indices], data[1][indices]
+            params, connections, opt_state, _, _ = layers.rewire(
+                network.loss_fn, *state[:3], batch, tx=tx, topology=topology, step=step, key=key
+            )
+            return State(params, connections, opt_state, state.average)
 
     order = _Order(method, setting, seed=0)
-    compiled_steps = (
-        jax.jit(steps, donate_argnums=(0, 1, 2))
-        .lower(params, opt_state, params if setting.averages else None, order.half(0), data)
-        .compile()
-    )
+    compiled_steps = jax.jit(steps, donate_argnums=0).lower(start, order.half(0), data).compile()
     compiled_refresh = None
     if method.refresh_at:
-        lowered = jax.jit(refresh).lower(params, opt_state, order.refresh_batches(), jax.random.key(0), data)
+        lowered = jax.jit(refresh).lower(start, order.refresh_batches(), jax.random.key(0), data)
         compiled_refresh = lowered.compile()
+    if rewire is not None:
+        rewire(start, order.batches[0], 1, jax.random.key(0), data)  # compiles
     probe = functools.partial(_probe, data=data) if setting.probes else None
-    return Programs(compiled_steps, compiled_refresh, probe)
+    return Programs(compiled_steps, compiled_refresh, rewire, probe)
 
 
 @jax.jit
@@ -178,7 +217,12 @@ def _probe(params: Any, opt_state: Any, indices: jax.Array, key: jax.Array, data
     )
 
 
-MEASURED = ("correlation", "variance_ratio")
+def _measured(opt_state: optax.OptState) -> jax.Array:
+    try:
+        report = agent_optax.diagnostics(opt_state)
+    except ValueError:  # an optimizer that neither corrects nor prunes
+        report = {}
+    return jnp.stack([report.get(name, jnp.nan) for name in ("correlation", "variance_ratio")])
 
 
 class _Order:
@@ -229,8 +273,7 @@ class _Order:
 def _train_seed(method: Method, setting: Setting, programs: Programs, seed: int) -> Run:
     data = _on_device(*setting.subset)[:2]
     test_set = setting.images[2:4]
-    params, opt_state = _start(method, setting, seed)
-    average = jax.tree.map(jnp.copy, params) if setting.averages else None
+    state = _start(method, setting, seed)
     order = _Order(method, setting, seed)
     rows, probes, evaluations, seconds, ratio = [], [], 0.0, 0.0, np.inf
     for epoch in range(setting.epochs * method.epoch_multiple):
@@ -240,26 +283,31 @@ def _train_seed(method: Method, setting: Setting, programs: Programs, seed: int)
             batches = order.refresh_batches() if method.refresh_at else None
             start = time.process_time()
             if half in method.refresh_at and epoch % method.refresh_every == 0 and ratio > method.refresh_above:
-                opt_state = programs.refresh(params, opt_state, batches, order.keys[half], data)
+                state = state._replace(opt_state=programs.refresh(state, batches, order.keys[half], data))
                 evaluations += method.refresh_gradients(setting)
-            (params, opt_state, average), values = programs.steps(params, opt_state, average, order.half(half), data)
+            state, values = programs.steps(state, order.half(half), data)
             measured.append(np.asarray(values))
+            if half == 0 and programs.rewire is not None:
+                num_steps = epoch * len(order.batches) + len(order.batches) // 2
+                state = programs.rewire(state, order.half(half)[0][-1], num_steps, order.keys[0], data)
+                jax.block_until_ready(state)
             seconds += time.process_time() - start
             evaluations += method.step_evaluations(setting) / 2
             ratio = measured[-1][-20:, 1].mean() if method.refresh_above > 0 else np.inf
         if (epoch + 1) % method.epoch_multiple:
             continue
+        params, connections, opt_state, average = state
         average_accuracy = np.nan
         if average is not None and epoch >= setting.epochs * method.epoch_multiple // 2:
-            masks = agent_optax.active_masks(opt_state, params)  # an average holds weights that were dropped, too
-            active = jax.tree.map(lambda m, a: a if m is None else a * m, masks, average, is_leaf=lambda x: x is None)
-            average_accuracy = network.accuracy(active, *test_set)
+            if setting.topology != "dense":  # an average holds weights that were dropped, too
+                average = agent_optax.mask_params(average, opt_state)
+            average_accuracy = network.accuracy(average, *test_set)
         correlation, variance_ratio = np.concatenate(measured).mean(axis=0)
-        accuracy = network.accuracy(params, *test_set)
+        accuracy = network.accuracy(network.to_dense(params, connections), *test_set)
         if programs.probe is not None:
             probes.append(np.asarray(programs.probe(params, opt_state, order.batches, order.keys[0])))
         rows.append((accuracy, average_accuracy, correlation, variance_ratio, evaluations, seconds))
-    robust = _robust_accuracy(setting, params, seed) if setting.attack_epsilon else np.nan
+    robust = _robust_accuracy(setting, state.params, seed) if setting.attack_epsilon else np.nan
     return Run(*np.array(rows).T, robust_accuracy=robust, probes=np.stack(probes) if probes else None)
 
 

@@ -12,6 +12,7 @@ from convergence.suites.epochs_to_accuracy import EPOCHS_TO_ACCURACY
 from convergence.suites.equal_evaluations import EQUAL_EVALUATIONS
 from convergence.suites.patterns import PATTERNS
 from convergence.suites.r9 import R9
+from convergence.suites.time_to_accuracy import TIME_TO_ACCURACY, TIME_TO_ACCURACY_RATES
 from convergence.suites.tuning import TUNING
 from convergence.suites.variance_and_correlation import VARIANCE_AND_CORRELATION
 
@@ -29,5 +30,7 @@ SUITES: dict[str, Suite] = {
         ADVERSARIAL,
         PATTERNS,
         TUNING,
+        TIME_TO_ACCURACY,
+        TIME_TO_ACCURACY_RATES,
     )
 }
