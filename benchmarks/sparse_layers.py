@@ -43,6 +43,7 @@ class Config:
     num_hidden: int = 2
     batch: int = 128
     momentum: float = 0.0  # of SGD, Nesterov's
+    candidates: float = 1.0  # of topology updates that draw them, over the number of weights
     channels: int = 256
     size: int = 7  # height and width
     conv_batch: int = 128
@@ -154,9 +155,10 @@ def rewirings(config: Config) -> dict[str, Callable[[], Any]]:
     for name, connections, weights in sparse_networks(config):
         params, batch, tx = start(weights, config)
         arguments = (sparse_loss, params, {"hidden": connections}, tx.init(params), batch)
-        steps[name] = functools.partial(
-            layers.rewire, *arguments, tx=tx, topology=topology, step=100, key=jax.random.key(0)
-        )
+        options = {"tx": tx, "topology": topology, "step": 100, "key": jax.random.key(0)}
+        steps[name] = functools.partial(layers.rewire, *arguments, **options)
+        drawn = f"{name}, {config.candidates:g} candidates a weight"
+        steps[drawn] = functools.partial(layers.rewire, *arguments, candidates=config.candidates, **options)
     return steps
 
 

@@ -3,6 +3,7 @@
 Four sparse layers of 32,768 x 32,768 at 99.9%, SGD with momentum and RigL, on made-up data:
 
     python examples/larger_than_memory.py
+    python examples/larger_than_memory.py --candidates None
     python examples/larger_than_memory.py --width 4096 --num-steps 30 --update-every 10
 """
 
@@ -34,6 +35,7 @@ class Config:
     batch: int = 32
     num_steps: int = 20
     update_every: int = 15  # steps between topology updates
+    candidates: float | None = 1.0  # weights that may grow, over those that exist; None: all, by the dense gradient
     max_bytes: int = 2**28  # of the dense gradient, which exists in a topology update alone, a part at a time
     seed: int = 0
 
@@ -91,7 +93,7 @@ def main(config: Config) -> None:
         if topology.is_due(t + 1):
             num_grown, _ = agent_optax.flax.nnx.rewire(
                 loss_fn, model, optimizer, batch, topology=topology, step=t + 1, key=jax.random.key(t),
-                max_bytes=config.max_bytes,
+                candidates=config.candidates, max_bytes=config.max_bytes,
             )  # fmt: skip
             print(f"step {t:3d}  {num_grown:,} weights grown  {time.perf_counter() - started:5.1f} s", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

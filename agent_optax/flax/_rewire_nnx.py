@@ -26,6 +26,7 @@ def rewire(
     step: Any,
     key: jax.Array,
     has_aux: bool = False,
+    candidates: float | None = None,
     max_bytes: int = 2**30,
 ) -> tuple[jax.Array, jax.Array]:
     r"""A topology update of the sparse layers of a model, in place: drops weights that exist, grows as many others.
@@ -51,6 +52,8 @@ def rewire(
         step: the number of steps taken, counted from 1, on which a schedule of the drop fraction depends.
         key: a random key, another one at each call.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        candidates: how many weights may grow, drawn at random, over the number of weights that exist. Default None: all
+            may grow, which takes the dense gradient.
         max_bytes: the most that dense gradients may take at a time. Default 1 GiB.
 
     Returns:
@@ -94,6 +97,7 @@ def rewire(
         key=key,
         has_aux=has_aux,
         args=(rest,),
+        candidates=candidates,
         max_bytes=max_bytes,
     )
     nnx.update(model, rewired.params, rewired.connections)

@@ -142,18 +142,28 @@ class AnyMask(Connections):
         weights = nothing.at[inputs, place].set(values, mode="drop")
         return weights, nothing.astype(bool).at[inputs, place].set(True, mode="drop")
 
-    def unit_mask(self) -> jax.Array:
-        """Bool [inputs, outputs]."""
-        return self.mask()
-
     def with_unit_mask(self, mask: jax.Array) -> AnyMask:
         """Connections of the same shapes, of another mask."""
-        flat = positions(jnp.packbits(mask.T), self.num_weights)  # sorted by output, then by input
-        return _connect(flat % self.inputs, flat // self.inputs, self.inputs, self.outputs)
+        return self.with_places(positions(jnp.packbits(mask.T), self.num_weights)[None])
+
+    @property
+    def places(self) -> jax.Array:
+        """[1, N]: where each weight is, counted input by input for each output."""
+        inputs, outputs = self._positions()
+        return (outputs * self.inputs + inputs)[None]
+
+    @property
+    def num_places(self) -> int:
+        """The number of inputs times that of outputs."""
+        return self.inputs * self.outputs
+
+    def with_places(self, places: jax.Array) -> AnyMask:
+        """Connections with other weights."""
+        return _connect(places[0] % self.inputs, places[0] // self.inputs, self.inputs, self.outputs)
 
     def places_in(self, other: AnyMask) -> Places:
         """Where the weights are among those of connections of the same shapes."""
-        own, others = self._flat_positions(), other._flat_positions()
+        own, others = self.places[0], other.places[0]
         place = jnp.minimum(jnp.searchsorted(others, own).astype(jnp.int32), self.num_weights - 1)
         return Places(place, others[place] == own)
 
@@ -186,11 +196,6 @@ class AnyMask(Connections):
         """Input and output of each weight, [N] each."""
         num_pieces = self.rows.segments.shape[0]
         return self.rows.sources.reshape(-1)[self.slots], self.rows.segments[self.slots % num_pieces]
-
-    def _flat_positions(self) -> jax.Array:
-        """int32 [N], sorted: where each weight is, counted input by input for each output."""
-        inputs, outputs = self._positions()
-        return outputs * self.inputs + inputs
 
 
 def _connect(input_of: Any, output_of: Any, inputs: int, outputs: int) -> AnyMask:

@@ -88,13 +88,27 @@ class Connections(Layout):
         """[inputs, units], weights and mask: so many consecutive outputs, in units of the pattern."""
         raise NotImplementedError
 
-    def unit_mask(self) -> jax.Array:
-        """Bool [inputs, units]: the mask in units of the pattern."""
-        raise NotImplementedError
-
     def with_unit_mask(self, mask: jax.Array) -> Self:
         """Connections of the same shapes, of another mask."""
         raise NotImplementedError
+
+    @property
+    def places(self) -> jax.Array:
+        """int32 [rows, k], sorted: where the weights of each row are, of `num_places` places."""
+        raise NotImplementedError
+
+    @property
+    def num_places(self) -> int:
+        """How many places a row has."""
+        raise NotImplementedError
+
+    def with_places(self, places: jax.Array) -> Self:
+        """Connections with other places, possibly more or fewer in each row."""
+        raise NotImplementedError
+
+    def in_columns(self, values: jax.Array) -> jax.Array:
+        """[k, n]: the weights, one under the other where they are in one row of `places`."""
+        return values.T if values.ndim == 2 else values[:, None]
 
     def places_in(self, other: Self) -> Places:
         """Where the weights are among those of connections of the same shapes."""

@@ -209,10 +209,6 @@ class FanIn(Connections):
         units = self.pattern.units(Layer(existing, jnp.ones_like(existing, dtype=bool), existing, None))
         return self._in_units(indices, units.weights.T), self._in_units(indices, units.mask.T)
 
-    def unit_mask(self) -> jax.Array:
-        """Bool [inputs, groups]."""
-        return self._in_units(self.indices, jnp.ones(self.indices.shape, bool))
-
     def _in_units(self, indices: jax.Array, numbers: jax.Array) -> jax.Array:
         """[groups, k] -> [inputs, groups]."""
         groups = jnp.arange(len(indices), dtype=jnp.int32)[:, None]
@@ -220,8 +216,21 @@ class FanIn(Connections):
 
     def with_unit_mask(self, mask: jax.Array) -> FanIn:
         """Connections of the same shapes, of another mask."""
-        indices = jax.vmap(lambda bits: positions(bits, self.fan_in))(jnp.packbits(mask.T, axis=1))
-        return _connect(indices, self.inputs, self.outputs, self.group)
+        return self.with_places(jax.vmap(lambda bits: positions(bits, self.fan_in))(jnp.packbits(mask.T, axis=1)))
+
+    @property
+    def places(self) -> jax.Array:
+        """[groups, k]: the inputs of each group."""
+        return self.indices
+
+    @property
+    def num_places(self) -> int:
+        """The number of inputs."""
+        return self.inputs
+
+    def with_places(self, places: jax.Array) -> FanIn:
+        """Connections with other inputs."""
+        return _connect(places, self.inputs, self.outputs, self.group)
 
     def places_in(self, other: FanIn) -> Places:
         """Where the weights are among those of connections of the same shapes."""

@@ -4,28 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
 
+Product = Callable[[jax.Array], jax.Array]  # dense kernel [inputs, n] -> [..., n]
+SparseProduct = Callable[[jax.Array, Connections], jax.Array]  # values, connections -> [..., outputs]
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["connections", "kernel", "start"], meta_fields=[])
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "start"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class DensePart:
+    """A part P of a dense kernel, zero, for some consecutive outputs: its gradient is the dense gradient of these."""
+
+    kernel: jax.Array  # P: [inputs, outputs of the part]
+    start: jax.Array  # int32 []: the first of these outputs
+
+    def product(self, outputs: int, dense_product: Product, sparse_product: SparseProduct) -> jax.Array:
+        """[..., outputs]."""
+        del sparse_product
+        part = dense_product(self.kernel)
+        nothing = jnp.zeros((*part.shape[:-1], outputs), part.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(nothing, part, self.start, axis=-1)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["connections", "values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Weights P that might exist, zero: no gradient is computed for others."""
+
+    connections: Connections
+    values: jax.Array  # P
+
+    def product(self, outputs: int, dense_product: Product, sparse_product: SparseProduct) -> jax.Array:
+        """[..., outputs]."""
+        del outputs, dense_product
+        return sparse_product(self.values, self.connections)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["connections", "probe"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Probed(Connections):
-    r"""Connections, and beside their weights a part of a dense kernel, zero, for some consecutive outputs.
+    r"""Connections, and weights beside theirs that are zero.
 
     .. math::
         y_o = \sum_i (W_{io} + P_{io})\, x_i, \qquad P = 0
 
-    The gradient with respect to P is the dense gradient of these outputs, and nothing else of it is ever computed.
+    The gradient with respect to P is what growth needs of the dense gradient; nothing else of it is ever computed.
     """
 
     connections: Connections
-    kernel: jax.Array  # P: [inputs, outputs of the part]
-    start: jax.Array  # int32 []: the first of these outputs
+    probe: DensePart | Candidates
 
     @property
     def inputs(self) -> int:  # type: ignore[override]
@@ -47,14 +80,29 @@ class Probed(Connections):
         """As the connections have."""
         return self.connections.num_weights
 
-    def add(self, y: jax.Array, product: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The output of the sparse layer, and the product with the part of a kernel added to its outputs."""
-        part = product(self.kernel.astype(y.dtype)).astype(y.dtype)
-        return y + jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), part, self.start, axis=-1)
+
+def product_with_probe(
+    values: jax.Array, connections: Connections, dense_product: Product, sparse_product: SparseProduct
+) -> jax.Array:
+    """The product of a layer, [..., outputs], that of its probe added to it where there is one."""
+    if not isinstance(connections, Probed):
+        return sparse_product(values, connections.without_point())
+    y = sparse_product(values, connections.connections.without_point())
+    return y + connections.probe.product(connections.outputs, dense_product, sparse_product).astype(y.dtype)
 
 
-def split_probe(connections: Connections) -> tuple[Connections, Probed | None]:
-    """The connections by which a layer multiplies, and the probe beside them, if there is one."""
-    if isinstance(connections, Probed):
-        return connections.connections.without_point(), connections
-    return connections.without_point(), None
+def probed_loss(
+    loss_fn: Callable[..., Any], has_aux: bool, params: Any, connections: Any, batch: Any, args: tuple[Any, ...]
+) -> Callable[[Mapping[int, DensePart | Candidates]], jax.Array]:
+    """The loss as a function of the probes of some layers, by their number."""
+    nodes, treedef = jax.tree.flatten(connections, is_leaf=lambda node: isinstance(node, Connections))
+    places = [i for i, node in enumerate(nodes) if isinstance(node, Connections)]
+
+    def loss(probes: Mapping[int, DensePart | Candidates]) -> jax.Array:
+        probed = list(nodes)
+        for layer, probe in probes.items():
+            probed[places[layer]] = Probed(probed[places[layer]], probe)
+        output = loss_fn(params, batch, treedef.unflatten(probed), *args)
+        return output[0] if has_aux else output
+
+    return loss

@@ -1,9 +1,10 @@
-"""Topology updates of sparse layers: the dense gradient exists here alone, a part at a time."""
+"""Topology updates of sparse layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import all_finite
-from agent_optax._validation import check_positive_int
+from agent_optax._validation import check_positive_int, is_concrete_number
 from agent_optax.correction._find import find_corrections, map_corrections
 from agent_optax.correction._layout import counts_moves, num_refreshes
+from agent_optax.layers._candidates import grow_among_candidates
 from agent_optax.layers._connections import Connections
+from agent_optax.layers._dense_growth import grow_among_all
 from agent_optax.layers._places import Places
 from agent_optax.layers._point import Point
-from agent_optax.layers._probe import Probed
-from agent_optax.layers._sparse_layer import SparseLayer, is_connections, sparse_layers_of
-from agent_optax.sparsity._layer import Layer
+from agent_optax.layers._sparse_layer import is_connections, sparse_layers_of
 from agent_optax.sparsity._topology import Topology
 from agent_optax.sparsity.inner._state_arrays import leaf_of_each_state
 
@@ -33,14 +33,6 @@ class Rewired(NamedTuple):
     opt_state: Any  # weights that have grown begin anew
     num_grown: jax.Array  # int32 []: weights that exist now and did not before, as many as were dropped
     is_finite: jax.Array  # bool []: whether gradients and weights were finite; if not, nothing has changed
-
-
-class Part(NamedTuple):
-    """Consecutive outputs of a layer."""
-
-    layer: int
-    start: int
-    size: int
 
 
 def rewire(
@@ -56,6 +48,7 @@ def rewire(
     key: jax.Array,
     has_aux: bool = False,
     args: tuple[Any, ...] = (),
+    candidates: float | None = None,
     max_bytes: int = 2**30,
 ) -> Rewired:
     r"""A topology update of sparse layers: drops weights that exist, grows as many that do not.
@@ -74,6 +67,10 @@ def rewire(
     The dense gradient of a layer exists only during this call, for as many outputs at a time as `max_bytes` allows: a
     layer that is larger is rewired in parts of equal numbers of outputs, each as if it were a layer of its own, at the
     cost of a forward and a backward pass for each. Selection takes a few times the memory of a part in addition.
+
+    With `candidates` the dense gradient never exists: weights grow among so many drawn at random, whose gradients alone
+    are computed (guided stochastic exploration). That costs a few steps of the sparse network, however large the dense
+    one is, and layers are not divided.
 
     Corrections go on. What `table`, `history` and a snapshot with ``cached_batches`` have stored moves along with the
     weights; an uncached `snapshot` keeps the connections that it was stored with, in ``connections.point``, until the
@@ -97,7 +94,9 @@ def rewire(
         key: a random key, another one at each call.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
         args: what `loss_fn` takes after the connections. Default: nothing.
-        max_bytes: the most that dense gradients may take at a time. Default 1 GiB.
+        candidates: how many weights may grow, drawn at random, over the number of weights that exist: 1.0 draws as many
+            as there are. Default None: all may grow, which takes the dense gradient.
+        max_bytes: the most that dense gradients may take at a time. Default 1 GiB. Without effect with `candidates`.
 
     Returns:
         ``(params, connections, opt_state, num_grown, is_finite)``. If a gradient or a weight is not finite, nothing
@@ -105,7 +104,8 @@ def rewire(
 
     Raises:
         ValueError: if no connections are found, weights do not fit their connections, or `topology` cannot keep the
-            numbers of weights; if a memory has a point whose refreshes it does not count.
+            numbers of weights; if `candidates` is not positive; if a memory has a point whose refreshes it does not
+            count.
         TypeError: if `topology` is none.
 
     Example:
@@ -134,28 +134,26 @@ def rewire(
         ((32, 8), True)
 
     References:
-        Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020.
+        Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020; Heddes et al., Always-Sparse Training
+        by Growing Connections with Guided Stochastic Exploration, 2024, for `candidates`.
     """
     _check_topology(topology)
     _check_memories(opt_state)
     check_positive_int("max_bytes", max_bytes, "it is the most that dense gradients may take at a time")
+    if candidates is not None and not (is_concrete_number(candidates) and 0 < candidates < math.inf):
+        raise ValueError(
+            f"candidates must be a positive number such as 1.0, got {candidates!r}: how many weights may grow, over "
+            "the number of weights that exist; None lets all grow."
+        )
     layers = sparse_layers_of(params, connections)
-    step, keys = jnp.asarray(step, jnp.int32), jax.random.split(key, max(len(layers), 1))
-    masks: list[list[jax.Array]] = [[] for _ in layers]
-    is_finite = jnp.asarray(True)
-    for parts in _passes(layers, max_bytes):
-        starts = [jnp.asarray(part.start, jnp.int32) for part in parts]
-        kinds = tuple((part.layer, part.size, str(layers[part.layer].values.dtype)) for part in parts)
-        grads = _dense_gradients(loss_fn, has_aux, kinds, params, connections, starts, batch, args)
-        for part, start, grad in zip(parts, starts, grads, strict=True):
-            layer, own_key = layers[part.layer], keys[part.layer]
-            if part.size < layer.connections.outputs:
-                own_key = jax.random.fold_in(own_key, start)
-            units, usable = _in_units(layer.connections.without_point(), layer.values, grad, start)
-            masks[part.layer].append(_new_mask(topology, units, step, own_key))
-            is_finite &= usable
+    step, keys = jnp.asarray(step, jnp.int32), jax.random.split(key, len(layers))
+    problem = (loss_fn, has_aux, (params, connections, batch, args), layers, topology, step, keys)
+    if candidates is None:
+        new, is_finite = grow_among_all(*problem, max_bytes)
+    else:
+        new, is_finite = grow_among_candidates(*problem, candidates)
     leaves = tuple(layer.leaf for layer in layers), tuple(layer.name for layer in layers)
-    return _changed(tx, leaves, params, connections, opt_state, masks, is_finite)
+    return _changed(tx, leaves, params, connections, opt_state, new, is_finite)
 
 
 def _check_topology(topology: Any) -> None:
@@ -181,67 +179,6 @@ def _check_memories(opt_state: optax.OptState) -> None:
         )
 
 
-def _passes(layers: Sequence[SparseLayer], max_bytes: int) -> list[list[Part]]:
-    """Parts of all layers, those together whose gradients have room for each other."""
-    passes: list[list[Part]] = []
-    room = 0
-    for i, layer in enumerate(layers):
-        outputs, group = layer.connections.outputs, layer.connections.group
-        of_output = layer.connections.inputs * layer.values.dtype.itemsize
-        num_groups = -(-outputs // group)
-        num_parts = -(-num_groups // max(1, max_bytes // (of_output * group)))
-        size = -(-num_groups // num_parts) * group
-        for start in range(0, outputs, size):
-            part = Part(i, start, min(size, outputs - start))
-            if not passes or part.size * of_output > room:
-                passes.append([])
-                room = max_bytes
-            passes[-1].append(part)
-            room -= part.size * of_output
-    return passes
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _dense_gradients(
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
-    kinds: tuple[tuple[int, int, str], ...],
-    params: optax.Params,
-    connections: Any,
-    starts: Sequence[jax.Array],
-    batch: Any,
-    args: tuple[Any, ...],
-) -> list[jax.Array]:
-    """[inputs, size] for each (layer, size, dtype): the gradient for all weights of its outputs, existing or not."""
-    nodes, treedef = jax.tree.flatten(connections, is_leaf=is_connections)
-    places = [i for i, node in enumerate(nodes) if is_connections(node)]
-
-    def loss(kernels: Sequence[jax.Array]) -> jax.Array:
-        probed = list(nodes)
-        for (layer, _, _), kernel, start in zip(kinds, kernels, starts, strict=True):
-            probed[places[layer]] = Probed(probed[places[layer]], kernel, start)
-        output = loss_fn(params, batch, treedef.unflatten(probed), *args)
-        return output[0] if has_aux else output
-
-    return jax.grad(loss)([jnp.zeros((nodes[places[i]].inputs, size), dtype) for i, size, dtype in kinds])
-
-
-@jax.jit
-def _in_units(
-    connections: Connections, values: jax.Array, grads: jax.Array, start: jax.Array
-) -> tuple[Layer, jax.Array]:
-    """A part of a layer in units of its pattern, and whether its numbers are finite."""
-    units = connections.pattern.units(Layer(grads, jnp.ones_like(grads, dtype=bool), grads, ever_active=None))
-    weights, mask = connections.unit_part(values, start, grads.shape[1])
-    return units._replace(weights=weights, mask=mask), all_finite((grads, values))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _new_mask(topology: Topology, part: Layer, step: jax.Array, key: jax.Array) -> jax.Array:
-    """Bool [inputs, units]; compiled once for parts of equal shapes, however many weights they have."""
-    return topology.rewire_layer(part, step, key)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _changed(
     tx: optax.GradientTransformation,
@@ -249,7 +186,7 @@ def _changed(
     params: optax.Params,
     connections: Any,
     opt_state: optax.OptState,
-    masks: Sequence[Sequence[jax.Array]],
+    new_connections: Sequence[Connections],
     is_finite: jax.Array,
 ) -> Rewired:
     """Everything at the new connections; as it was unless `is_finite`."""
@@ -260,9 +197,9 @@ def _changed(
     places: dict[int, Places] = {}
     num_grown = jnp.zeros((), jnp.int32)
     numbers = [i for i, node in enumerate(nodes) if is_connections(node)]
-    for i, leaf, name, parts in zip(numbers, *leaves, masks, strict=True):
+    for i, leaf, name, proposed in zip(numbers, *leaves, new_connections, strict=True):
         old = nodes[i]
-        new = old.with_unit_mask(jnp.where(is_finite, jnp.concatenate(parts, axis=1), old.unit_mask()))
+        new = jax.tree.map(functools.partial(jnp.where, is_finite), proposed, old.without_point())
         places[leaf] = new.places_in(old)
         weights[leaf] = places[leaf].take(weights[leaf], jnp.zeros_like(weights[leaf]))
         num_grown += jnp.sum(~places[leaf].is_there, dtype=jnp.int32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._probe import split_probe
+from agent_optax.layers._probe import product_with_probe
 from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._sharding import with_automatic_axes
@@ -87,11 +87,13 @@ def sparse_conv(
         )
 
     def convolve(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
-        connections, probe = split_probe(connections)
         images = x.reshape(-1, height, width, channels)
-        y = sparse_product(windows, values, images, connections)
-        if probe is not None:
-            y = probe.add(y, lambda kernel: windows.dense_product(images, kernel))
+        y = product_with_probe(
+            values,
+            connections,
+            lambda kernel: windows.dense_product(images, kernel.astype(x.dtype)),
+            lambda values, connections: sparse_product(windows, values.astype(x.dtype), images, connections),
+        )
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     return with_automatic_axes(convolve, num_whole=2)(x, values, connections)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from agent_optax.layers._connections import Connections
-from agent_optax.layers._probe import split_probe
+from agent_optax.layers._probe import product_with_probe
 from agent_optax.layers._products import Columns, sparse_product
 from agent_optax.layers._row_major import row_major
 from agent_optax.layers._rows import rows_of
@@ -69,10 +69,11 @@ def sparse_dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax
 
 
 def _dot(x: jax.Array, values: jax.Array, connections: Connections) -> jax.Array:
-    connections, probe = split_probe(connections)
-    y = sparse_product(FEATURES, values, x.reshape(-1, connections.inputs), connections)
-    y = y.reshape(*x.shape[:-1], connections.outputs)
-    return y if probe is None else probe.add(y, lambda kernel: x @ kernel)
+    def product(values: jax.Array, connections: Connections) -> jax.Array:
+        y = sparse_product(FEATURES, values.astype(x.dtype), x.reshape(-1, connections.inputs), connections)
+        return y.reshape(*x.shape[:-1], connections.outputs)
+
+    return product_with_probe(values, connections, lambda kernel: x @ kernel.astype(x.dtype), product)
 
 
 def check_operands(x: Any, values: Any, connections: Connections) -> tuple[jax.Array, jax.Array]:

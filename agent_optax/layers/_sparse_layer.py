@@ -27,6 +27,11 @@ def is_connections(node: Any) -> bool:
     return isinstance(node, Connections)
 
 
+def connections_in(tree: Any) -> list[Connections]:
+    """Those of each layer, in order."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_connections) if is_connections(node)]
+
+
 def sparse_layers_of(params: optax.Params, connections: Any) -> list[SparseLayer]:
     """Each of the connections and its weights, told by their names."""
     leaves, names = jax.tree.leaves(params), leaf_names(params)

@@ -11,7 +11,8 @@ from layers_of_each_kind import connect
 
 import agent_optax
 from agent_optax import layers
-from agent_optax.layers._probe import Probed
+from agent_optax.layers._candidates import draw_candidates
+from agent_optax.layers._probe import DensePart, Probed
 
 UPDATE_EVERY, NUM_STEPS, NUM_BATCHES = 2, 20, 4
 INPUTS, HIDDEN, OUTPUTS = 12, 20, 16
@@ -152,16 +153,16 @@ def test_ten_rewirings_are_those_of_sparsify(kind, optimizer, topology, x64):
             np.testing.assert_allclose(kernels[name], exact[name], rtol=1e-6, atol=1e-9, err_msg=f"step {t}")
 
 
-def numpy_rigl(kernel, mask, grads, fraction):
+def numpy_rigl(kernel, mask, grads, fraction, may_grow=True):
     """RigL with constant fan-in, output by output."""
     k = mask[:, 0].sum()
     num_dropped = math.ceil(fraction * mask.sum())
     order = np.argsort(np.where(mask, np.abs(kernel), np.inf), axis=None)
     kept = mask.copy()
     kept.flat[order[:num_dropped]] = False
-    new = kept.copy()
+    new, allowed = kept.copy(), np.broadcast_to(may_grow, mask.shape)
     for o in range(mask.shape[1]):
-        candidates = np.argsort(-np.where(kept[:, o], -1, np.abs(grads[:, o])))
+        candidates = np.argsort(-np.where(kept[:, o] | ~allowed[:, o], -1, np.abs(grads[:, o])))
         new[candidates[: k - kept[:, o].sum()], o] = True
     return new
 
@@ -194,6 +195,78 @@ def test_parts_are_rewired_each_as_a_layer_of_its_own(num_outputs):
     )
 
 
+@pytest.mark.parametrize("kind", ["fan_in:3", "fan_in:16", "any_mask"])
+@pytest.mark.parametrize("free", [True, False])
+def test_candidates_are_drawn_evenly_among_weights_that_do_not_exist(kind, free):
+    connections = connect(kind, INPUTS, HIDDEN, 0.4)
+    number = connections.num_places - connections.places.shape[1]
+    number = number if free else number // 3
+    drawn = jax.vmap(lambda key: draw_candidates(key, connections, number).places)(
+        jax.random.split(jax.random.key(0), 400)
+    )
+    places, num_places = np.asarray(connections.places), connections.num_places
+    expected = number / (num_places - places.shape[1])
+    for row, own in enumerate(places):
+        assert all(len(np.unique(draw)) == number for draw in drawn[:, row])
+        share = np.bincount(np.ravel(drawn[:, row]), minlength=num_places) / len(drawn)
+        np.testing.assert_array_equal(share[own], 0)
+        others = np.delete(share, own)
+        np.testing.assert_allclose(others, expected, atol=0 if free else 0.25)  # strata differ by one place
+        assert others.mean() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("kind", "topology"), [("fan_in:3", "taylor"), ("fan_in:16", "rigl"), ("any_mask", "rigl")])
+def test_with_all_candidates_growth_is_that_by_the_dense_gradient(kind, topology):
+    topology = {"taylor": agent_optax.drop_and_grow(agent_optax.taylor, drop_fraction=0.4), **TOPOLOGIES}[topology]
+    connections, params = start(kind)
+    batch, tx = jax.tree.map(lambda a: a[0], batches()), optax.sgd(0.1)
+    options = {"tx": tx, "topology": topology, "step": 2, "key": jax.random.key(0)}
+    exact, found = (
+        layers.rewire(sparse_loss, params, connections, tx.init(params), batch, candidates=candidates, **options)
+        for candidates in (None, 100.0)
+    )
+    assert found.num_grown == exact.num_grown > 10
+    for name in params:
+        np.testing.assert_array_equal(found.connections[name].mask(), exact.connections[name].mask())
+        np.testing.assert_array_equal(found.params[name], exact.params[name])
+
+
+def test_growth_is_by_gradient_among_the_candidates():
+    connections, params = start("fan_in:1")
+    batch = jax.tree.map(lambda a: a[0], batches())
+    kernels = dense(params, connections)
+    grads = jax.grad(dense_loss)(kernels, batch)
+    key = jax.random.key(3)
+    rewired = layers.rewire(
+        sparse_loss, params, connections, (), batch, tx=optax.sgd(0.1), topology=agent_optax.rigl(1, 0.4), step=1,
+        key=key, candidates=0.5,
+    )  # fmt: skip
+    for name, own_key in zip(connections, jax.random.split(key, 2), strict=True):
+        number = math.ceil(0.5 * connections[name].fan_in)
+        drawn = draw_candidates(jax.random.split(own_key)[0], connections[name], number)
+        mask, candidates = np.asarray(connections[name].mask()), np.asarray(drawn.mask())
+        assert not (mask & candidates).any() and (candidates.sum(axis=0) == number).all()
+        expected = numpy_rigl(np.asarray(kernels[name]), mask, np.asarray(grads[name]), 0.4, may_grow=mask | candidates)
+        np.testing.assert_array_equal(rewired.connections[name].mask(), expected)
+
+
+@pytest.mark.parametrize("kind", ["fan_in:3", "any_mask"])
+def test_candidates_of_a_convolution(kind):
+    connections = {"conv": connect(kind, 3 * 3 * 2, 10)}
+    params = {"conv": layers.init_values(jax.random.key(0), connections["conv"])}
+    x, tx = jax.random.normal(jax.random.key(1), (2, 5, 5, 2)), optax.adam(0.1)
+
+    def loss_fn(params, x, connections):
+        return jnp.sum(jnp.sin(layers.sparse_conv(x, params["conv"], connections["conv"], kernel_size=3)))
+
+    options = {"tx": tx, "topology": TOPOLOGIES["rigl"], "step": 2, "key": jax.random.key(0)}
+    exact, found = (
+        layers.rewire(loss_fn, params, connections, tx.init(params), x, candidates=candidates, **options)
+        for candidates in (None, 100.0)
+    )
+    np.testing.assert_array_equal(found.connections["conv"].mask(), exact.connections["conv"].mask())
+
+
 @pytest.mark.parametrize("kind", ["fan_in:3", "any_mask"])
 def test_a_probe_gives_the_dense_gradient_of_a_convolution(kind):
     connections = connect(kind, 3 * 3 * 2, 10)
@@ -202,7 +275,7 @@ def test_a_probe_gives_the_dense_gradient_of_a_convolution(kind):
     options = {"strides": (2, 1), "padding": "SAME"}
 
     def sparse(kernel):
-        probed = Probed(connections, kernel, jnp.asarray(4))
+        probed = Probed(connections, DensePart(kernel, jnp.asarray(4)))
         return jnp.sum(jnp.sin(layers.sparse_conv(x, values, probed, kernel_size=3, **options)))
 
     def with_dense_kernel(kernel):
@@ -305,6 +378,9 @@ def test_errors_name_what_is_wrong():
         call(connections={})
     with pytest.raises(ValueError, match="max_bytes must be"):
         call(max_bytes=0)
+    for candidates in (0, -1.0, math.nan, math.inf, "all"):
+        with pytest.raises(ValueError, match=f"candidates must be a positive number such as 1.0, got {candidates!r}"):
+            call(candidates=candidates)
 
 
 def test_connections_of_a_point_belong_to_their_parameters():
