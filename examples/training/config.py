@@ -100,6 +100,8 @@ class TopologyConfig:
     """Dense kernels with zeros in them, or sparse layers, which hold and multiply only the weights that exist."""
     group: int | None = None
     """Of sparse layers: consecutive outputs that share their inputs. Default: 16."""
+    candidates: float | None = None
+    """Of sparse layers: how many weights may grow, drawn at random, over those that exist. Default: all may grow."""
 
     def __post_init__(self) -> None:
         check(
@@ -135,6 +137,11 @@ class TopologyConfig:
         check(
             self.layers == "sparse" or self.group is None,
             f"--topology.group {self.group} is for --topology.layers sparse: leave it out.",
+        )
+        check(
+            self.candidates is None or (self.layers == "sparse" and self.name != "static" and self.candidates > 0),
+            f"--topology.candidates {self.candidates} must be positive, and is for topologies of --topology.layers "
+            "sparse that change: leave it out.",
         )
         check(
             self.grow_by == "raw" or self.storage == "dense",

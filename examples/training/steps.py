@@ -146,6 +146,7 @@ class Steps:
             step=step,
             key=key,
             args=(state.variables.batch_stats,),
+            candidates=self.config.topology.candidates,
         )
         variables = state.variables._replace(connections=connections)
         return state._replace(params=params, opt_state=opt_state, variables=variables)

@@ -39,7 +39,7 @@ RUN = (
 SPARSE_LAYERS = (
     "digits --epochs 4 --batch-size 64 --data.num-train 640 --data.shift 1 --model.hidden 32 "
     "--topology.layers sparse --topology.group 4 --topology.name rigl --topology.sparsity 0.8 "
-    "--topology.update-every 5 --checkpoint-every 1"
+    "--topology.update-every 5 --topology.candidates 2 --checkpoint-every 1"
 ).split()
 
 
@@ -274,6 +274,7 @@ def test_flags_change_a_preset():
         ({"topology": {"name": "snfs", "layers": "sparse"}}, "not for snfs"),
         ({"topology": {"name": "rigl", "layers": "sparse", "storage": "compact"}}, "takes no --topology.storage"),
         ({"topology": {"name": "rigl", "group": 4}}, "--topology.group 4 is for --topology.layers sparse"),
+        ({"topology": {"name": "rigl", "candidates": 1.0}}, "--topology.candidates 1.0 must be positive, and is for"),
         ({"correction": {"memory": "table", "refresh_batches": 5}}, "table has no refresh pass"),
         ({"correction": {"memory": "cached_snapshot", "refresh_batches": 5}}, "needs all of them"),
         ({"correction": {"coefficient": "gradient_regression", "initial": 0.5}}, "starts at 1"),
