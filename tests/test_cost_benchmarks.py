@@ -125,7 +125,9 @@ def test_topology_update(tmp_path):
 def test_sparse_layers(tmp_path):
     rows = run("sparse_layers", tmp_path, momentum=0.9)["rows"]
     names = ["dense", "fan_in:8, 90.0%", "any_mask, 90.0%"]
-    assert [(row["stage"], row["layer"]) for row in rows] == [(s, n) for s in ("mlp", "rewire", "conv") for n in names]
+    stages = [(stage, name) for stage in ("mlp", "rewire", "conv", "forward") for name in names]
+    exported = [("forward", "to_bcsr, 90.0%"), ("forward", "to_bcoo, 90.0%")]
+    assert [(row["stage"], row["layer"]) for row in rows] == stages + exported
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
     with pytest.raises(ValueError, match="got 'fan_in'"):
         run("sparse_layers", tmp_path, layers=("fan_in",))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.experimental import sparse
 
-from agent_optax.export._which_exist import check_fits, check_same_places, named_matrices, which_exist
+from agent_optax.export._which_exist import check_fits, check_same_places, named_matrices, which_to_export
 from agent_optax.layers import Connections
 from agent_optax.layers._sparse_layer import is_connections, named_layers
 
@@ -22,8 +22,8 @@ def to_bcoo(params: optax.Params, masks: Any = None) -> Any:
     Positions are sorted and distinct, and marked so. A sparse matrix takes part in products, ``x @ kernel``, under
     `jax.experimental.sparse.sparsify` or as it is.
 
-    On a CPU that product is slow: with 2048 x 2048 weights and a batch of 128 it takes 13, 7 and 1.5 times as long as
-    the dense one at 90, 95 and 99%, where that of `to_bcsr` takes 0.6, 0.3 and 0.1 (see the results).
+    On a CPU that product is slow: with 2048 x 2048 weights and a batch of 128 it takes 18, 10 and 1.5 times as long as
+    the dense one at 90, 95 and 99%, where that of `to_bcsr` takes 0.6, 0.3 and 0.09 of it (see the results).
 
     Args:
         params: a tree of arrays, known ones: not under `jax.jit`. With sparse layers also one that holds their
@@ -37,7 +37,7 @@ def to_bcoo(params: optax.Params, masks: Any = None) -> Any:
         of each pruned leaf, and of the weights of each sparse layer: [inputs, outputs].
 
     Raises:
-        ValueError: if `masks` does not fit `params`, or an inactive weight is not zero.
+        ValueError: if `masks` does not fit `params`, nothing is sparse, or an inactive weight is not zero.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax
@@ -55,7 +55,7 @@ def to_bcoo(params: optax.Params, masks: Any = None) -> Any:
     return treedef.unflatten(
         [
             leaf if which is None else _bcoo(name, leaf, which)
-            for (name, leaf), which in zip(named_layers(params), which_exist(params, masks), strict=True)
+            for (name, leaf), which in zip(named_layers(params), which_to_export(params, masks), strict=True)
         ]
     )
 

@@ -12,7 +12,7 @@ from jax.experimental import sparse
 
 from agent_optax.export._compressed_rows import compressed_rows, row_starts
 from agent_optax.export._known_axes import known_axes
-from agent_optax.export._which_exist import check_fits, check_same_places, named_matrices, which_exist
+from agent_optax.export._which_exist import check_fits, check_same_places, named_matrices, which_to_export
 from agent_optax.layers import Connections
 from agent_optax.layers._sparse_layer import is_connections, named_layers
 from agent_optax.sparsity._axes import Axes
@@ -27,8 +27,8 @@ def to_bcsr(params: optax.Params, masks: Any = None, *, axes: AxesChoice = None)
 
     JAX multiplies by a BCSR on the left only, so the matrix is transposed: ``(matrix @ x.T).T`` in place of
     ``x @ kernel``. On a CPU that is a native product, for float32, float64 and ``x`` [batch, inputs]: with 2048 x 2048
-    weights and a batch of 128 it takes XXX of the time of the dense product at 90, 95 and 99% (see the results). Its
-    gradient is not native: to train, use `agent_optax.layers`.
+    weights and a batch of 128 it takes 0.6, 0.3 and 0.09 of the time of the dense product at 90, 95 and 99%, as that of
+    `agent_optax.layers.AnyMask` does (see the results). Its gradient is slow: to train, use `agent_optax.layers`.
 
     Args:
         params: a tree of arrays, known ones: not under `jax.jit`. With sparse layers also one that holds their
@@ -44,7 +44,7 @@ def to_bcsr(params: optax.Params, masks: Any = None, *, axes: AxesChoice = None)
         stacked in a leaf are a batch, [stack, outputs, inputs].
 
     Raises:
-        ValueError: if `masks` does not fit `params`, an inactive weight is not zero, or nothing tells which axes of a
+        ValueError: if `masks` does not fit `params`, nothing is sparse, an inactive weight is not zero, or nothing tells which axes of a
             leaf are its inputs.
 
     Example:
@@ -62,8 +62,8 @@ def to_bcsr(params: optax.Params, masks: Any = None, *, axes: AxesChoice = None)
     """
     check_axes(axes)
     treedef = jax.tree.structure(params, is_leaf=is_connections)
-    names, nodes = map(list, zip(*named_layers(params), strict=True))
-    found = which_exist(params, masks)
+    names, nodes = [name for name, _ in named_layers(params)], [node for _, node in named_layers(params)]
+    found = which_to_export(params, masks)
     pruned = [i for i, which in enumerate(found) if which is not None]
     for i in pruned:
         check_fits(names[i], nodes[i], found[i])

@@ -31,6 +31,17 @@ def which_exist(params: Any, masks: Any) -> list[Any]:
     return found
 
 
+def which_to_export(params: Any, masks: Any) -> list[Any]:
+    """As `which_exist`; ValueError if without masks nothing is sparse."""
+    found = which_exist(params, masks)
+    if masks is None and all(which is None for which in found):
+        raise ValueError(
+            "nothing tells which weights exist: pass masks=, the masks, the state of the optimizer or the connections, "
+            "or parameters that hold connections, as an NNX model with sparse layers does."
+        )
+    return found
+
+
 def check_fits(name: str, weights: Any, which: Any) -> None:
     """Raises ValueError unless what `which_exist` has found goes with the weights."""
     if isinstance(which, Connections):

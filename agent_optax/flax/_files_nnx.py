@@ -59,8 +59,8 @@ def save_safetensors(
 def load_safetensors(path: str | os.PathLike[str], model: nnx.Module) -> Any:
     """Reads what `save_safetensors` wrote into a model, in place.
 
-    Where the file has a sparse layer, the model may have the dense one, which is then replaced, or a sparse one with any
-    connections. So the model as its constructor builds it will do. Build the optimizer afterwards.
+    Where the file has a sparse layer, the model may have the dense one, which is then replaced, or a sparse one with
+    any connections: the model as its constructor builds it will do. Build the optimizer afterwards.
 
     Args:
         path: the file.

@@ -150,8 +150,8 @@ def to_dense_layers(model: nnx.Module) -> Any:
         ``agent_optax.sparsify(..., masks=)`` takes.
 
     Raises:
-        ValueError: if the model has no sparse layer, the model itself is the layer, or a layer is used in several places
-            of the model.
+        ValueError: if the model has no sparse layer, the model itself is the layer, or a layer is used in several
+            places of the model.
 
     Example:
         >>> import agent_optax.flax, jax.numpy as jnp
