@@ -44,8 +44,9 @@ def to_bcsr(params: optax.Params, masks: Any = None, *, axes: AxesChoice = None)
         stacked in a leaf are a batch, [stack, outputs, inputs].
 
     Raises:
-        ValueError: if `masks` does not fit `params`, nothing is sparse, an inactive weight is not zero, or nothing tells which axes of a
-            leaf are its inputs.
+        ValueError: if `masks` does not fit `params`, nothing is sparse, an inactive weight is not zero, or nothing
+            tells which axes of a leaf are its inputs.
+        TypeError: if `axes` is no function, or gives no `agent_optax.Axes`.
 
     Example:
         >>> import agent_optax, jax.numpy as jnp, optax

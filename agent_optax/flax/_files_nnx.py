@@ -7,13 +7,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from agent_optax import export
+from agent_optax.export._merge import matched_masks
 from agent_optax.export._safetensors import read_safetensors
 from agent_optax.flax._sparse_nnx import ZEROS
 from agent_optax.flax._swap_nnx import is_replaceable, sparse_layer, swap
 from agent_optax.layers import Connections
+from agent_optax.layers._sparse_layer import is_connections, named_layers
+from agent_optax.sparsity._leaf_names import leaf_names
 
 
 def save_safetensors(
@@ -27,8 +31,8 @@ def save_safetensors(
     Args:
         path: the file.
         model: the model.
-        masks: masks of dense kernels, or the state of an optimizer that holds `agent_optax.sparsify`, as
-            `agent_optax.flax.nnx.opt_state` returns it. Default None: no masks.
+        masks: masks of dense kernels, as `to_dense_layers` or `agent_optax.active_masks` returns them, or the state of
+            an optimizer that holds `agent_optax.sparsify`, as `opt_state` returns it. Default None: no masks.
         metadata: strings to strings, kept in the header of the file.
 
     Raises:
@@ -53,7 +57,12 @@ def save_safetensors(
         >>> bool(jnp.array_equal(other(jnp.ones((1, 64))), model(jnp.ones((1, 64)))))
         True
     """
-    export.save_safetensors(path, _learned(model), masks, metadata)
+    learned, params = _learned(model), nnx.state(model, nnx.Param)
+    if masks is not None:  # those of parameters, and none of what else there is
+        found = dict(zip(leaf_names(params), matched_masks(params, masks), strict=True))
+        treedef = jax.tree.structure(learned, is_leaf=is_connections)
+        masks = treedef.unflatten([found.get(name) for name, _ in named_layers(learned)])
+    export.save_safetensors(path, learned, masks, metadata)
 
 
 def load_safetensors(path: str | os.PathLike[str], model: nnx.Module) -> Any:
