@@ -14,7 +14,7 @@ from agent_optax import export
 from agent_optax.export._merge import matched_masks
 from agent_optax.export._safetensors import read_safetensors
 from agent_optax.flax._sparse_nnx import ZEROS
-from agent_optax.flax._swap_nnx import is_replaceable, sparse_layer, swap
+from agent_optax.flax._swap_nnx import is_replaceable, modules_of, sparse_layer, swap
 from agent_optax.layers import Connections
 from agent_optax.layers._sparse_layer import is_connections, named_layers
 from agent_optax.sparsity._leaf_names import leaf_names
@@ -98,7 +98,7 @@ def load_safetensors(path: str | os.PathLike[str], model: nnx.Module) -> Any:
     """
     _, found = read_safetensors(path)
     swaps = []
-    for parts, layer in nnx.iter_modules(model):
+    for parts, layer in modules_of(model):
         name = "/".join(map(str, parts))
         connections = found.get(f"{name}/values".lstrip("/"))
         if isinstance(connections, Connections) and is_replaceable(layer):

@@ -65,7 +65,7 @@ def sparse_layers(
     check_fraction("sparsity", sparsity, "it is the share of weights that do not exist, such as 0.9", below_one=True)
     dense: list[tuple[Any, Any]] = [
         (path, layer)
-        for path, layer in nnx.iter_modules(model)
+        for path, layer in modules_of(model)
         if is_replaceable(layer) and (where is None or where("/".join(map(str, path)), layer))
     ]
     if not dense:
@@ -119,9 +119,8 @@ def to_sparse_layers(model: nnx.Module, masks: Any, *, group: int | None = None)
     """
     params = nnx.state(model, nnx.Param)
     masked = dict(zip(leaf_names(params), mask_of_each_leaf(params, masks), strict=True))
-    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
     swaps = []
-    for path, layer in modules:
+    for path, layer in modules_of(model):
         name = "/".join([*map(str, path), "kernel"])
         if not is_replaceable(layer) or masked.get(name) is None:
             continue
@@ -164,8 +163,9 @@ def to_dense_layers(model: nnx.Module) -> Any:
         >>> bool(jnp.allclose(model(jnp.ones((1, 64))), before, atol=1e-6))
         True
     """
-    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
-    swaps = [(path, layer, _dense(layer)) for path, layer in modules if type(layer) in (SparseLinear, SparseConv)]
+    swaps = [
+        (path, layer, _dense(layer)) for path, layer in modules_of(model) if type(layer) in (SparseLinear, SparseConv)
+    ]
     if not swaps:
         raise ValueError("the model has no SparseLinear and no SparseConv.")
     swap(model, swaps)
@@ -183,7 +183,7 @@ def swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> Non
         raise ValueError("the model itself is the layer: put it into one, such as flax.nnx.Sequential(layer).")
     for path, _, sparse in swaps:
         _replace(model, path, sparse)
-    remaining = {id(module) for _, module in nnx.iter_modules(model)}
+    remaining = {id(module) for _, module in modules_of(model)}
     shared = ["/".join(map(str, path)) for path, layer, _ in swaps if id(layer) in remaining]
     if shared:
         for path, layer, _ in swaps:
@@ -192,6 +192,11 @@ def swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> Non
             f"{shared[0]} is used in several places of the model: leave it out with where=, or give each place a layer "
             "of its own."
         )
+
+
+def modules_of(model: Any) -> list[tuple[Any, Any]]:
+    """The modules of a model, and the paths to them."""
+    return list(nnx.iter_modules(model) if hasattr(nnx, "iter_modules") else model.iter_modules())  # flax < 0.12
 
 
 def is_replaceable(layer: Any) -> bool:

@@ -13,6 +13,8 @@ from flax import nnx
 import agent_optax
 import agent_optax.flax
 from agent_optax import export
+from agent_optax.flax._sparse_nnx import connections_in
+from agent_optax.flax._swap_nnx import modules_of
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
 
@@ -25,12 +27,13 @@ class Net(nnx.Module):
         self.conv = nnx.Conv(4, 32, (3, 3), strides=2, padding=((1, 0), (0, 1)), rngs=rngs)
         self.norm = nnx.BatchNorm(32, use_running_average=True, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(32, width, rngs=rngs), nnx.Linear(width, 5, use_bias=False, rngs=rngs)])
+        self.hidden = nnx.Linear(32, width, rngs=rngs)
+        self.head = nnx.Linear(width, 5, use_bias=False, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(1, 5, decode=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.dropout(nnx.relu(self.norm(self.conv(x)))).mean(1)
-        return self.attention(self.layers[1](nnx.relu(self.layers[0](x))))
+        return self.attention(self.head(nnx.relu(self.hidden(x))))
 
 
 @nnx.jit
@@ -44,7 +47,7 @@ def pruned() -> tuple[Net, Any, jax.Array]:
     model = Net(0)
     model.norm.mean[...], model.norm.var[...] = jnp.arange(32) / 32, jnp.arange(1.0, 33)
     model.conv.bias[...] = jnp.sin(jnp.arange(32.0))
-    patterns = {"conv": agent_optax.fan_in(group=8), "layers/0": agent_optax.fan_in(group=8), "layers/1": None}
+    patterns = {"conv": agent_optax.fan_in(group=8), "hidden": agent_optax.fan_in(group=8), "head": None}
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     masks = jax.tree.map(lambda p: None, params)
     for name, pattern in patterns.items():
@@ -67,12 +70,12 @@ def sparse_copy(pruned: Any) -> Net:
 
 
 def kinds_of_modules(model: Net) -> list[type]:
-    return [type(module) for _, module in nnx.iter_modules(model)]
+    return [type(module) for _, module in modules_of(model)]
 
 
 def kinds(model: Net) -> list[tuple[str, int]]:
-    found = [model.conv, *model.layers]
-    return [(type(layer.connections.get_value()).__name__, layer.connections.get_value().group) for layer in found]
+    found = [model.conv, model.hidden, model.head]
+    return [(type(connections_in(layer)).__name__, connections_in(layer).group) for layer in found]
 
 
 def test_sparse_layers_have_the_groups_of_the_masks_and_go_back(pruned: Any) -> None:
@@ -86,9 +89,8 @@ def test_sparse_layers_have_the_groups_of_the_masks_and_go_back(pruned: Any) -> 
         jax.tree.map(np.testing.assert_array_equal, nnx.state(sparse, kind), nnx.state(model, kind))
     np.testing.assert_array_equal(run(sparse), expected)
     tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), masks=found)
-    optimizer = nnx.Optimizer(sparse, tx, wrt=nnx.Param)
     params = nnx.to_pure_dict(nnx.state(sparse, nnx.Param))
-    again = agent_optax.active_masks(agent_optax.flax.nnx.opt_state(optimizer), params)
+    again = agent_optax.active_masks(tx.init(params), params)
     assert jax.tree.structure(again) == jax.tree.structure(masks)
     jax.tree.map(np.testing.assert_array_equal, again, masks)
 
@@ -120,13 +122,13 @@ def test_a_pruned_model_and_its_masks_go_through_a_file(pruned: Any, tmp_path: P
 def test_another_model_is_refused_and_stays_as_it_was(pruned: Any, tmp_path: Path) -> None:
     agent_optax.flax.nnx.save_safetensors(tmp_path / "file", sparse_copy(pruned))
     wider, deeper = Net(1, width=41), Net(1)
-    deeper.head = nnx.Linear(5, 5, rngs=nnx.Rngs(0))
+    deeper.last = nnx.Linear(5, 5, rngs=nnx.Rngs(0))
     sparse_wider = Net(1, width=41)
     agent_optax.flax.nnx.sparse_layers(sparse_wider, sparsity=0.5, distribution=agent_optax.uniform, rngs=nnx.Rngs(3))
     for model, message in (
-        (wider, "'layers/0' of 32 inputs and 40 outputs, the model a dense one of 32 and 41"),
-        (deeper, r"lacks \['head/bias', 'head/kernel'\]"),
-        (sparse_wider, r"'layers/0/bias' of shape \[40\] .* asks for \[41\]"),
+        (wider, "'head' of 40 inputs and 5 outputs, the model a dense one of 41 and 5"),
+        (deeper, r"lacks \['last/bias', 'last/kernel'\]"),
+        (sparse_wider, "'head/values' of 40 inputs and 5 outputs .* asks for a sparse layer of 41 and 5"),
     ):
         before = nnx.clone(model)
         with pytest.raises(ValueError, match=message):
