@@ -1,10 +1,11 @@
-"""What sparse layers cost: train steps and topology updates of a multilayer perceptron, convolutions, over dense forms.
+"""What sparse layers cost over dense forms: train steps and topology updates of a perceptron, products, convolutions.
 
 All are timed side by side in one process; the dense network runs under the same plain optimizer, without masks.
 
     python benchmarks/sparse_layers.py
     python benchmarks/sparse_layers.py --stages mlp --width 8192 --batch 64 --layers fan_in:16 --sparsities 0.99
     python benchmarks/sparse_layers.py --stages conv --sparsities 0.95 0.99
+    python benchmarks/sparse_layers.py --stages forward --layers fan_in:32 any_mask
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import agent_optax
-from agent_optax import layers
+from agent_optax import export, layers
 
 Dot = Callable[[int, jax.Array, Any], jax.Array]  # number of the layer, x, weights -> y
 
@@ -36,7 +38,7 @@ Dot = Callable[[int, jax.Array, Any], jax.Array]  # number of the layer, x, weig
 class Config:
     """What to measure."""
 
-    stages: tuple[Literal["mlp", "rewire", "conv"], ...] = ("mlp", "rewire", "conv")
+    stages: tuple[Literal["mlp", "rewire", "conv", "forward"], ...] = ("mlp", "rewire", "conv", "forward")
     layers: tuple[str, ...] = ("fan_in:32", "fan_in:16", "fan_in:8", "fan_in:1", "any_mask")
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)
     width: int = 2048
@@ -191,6 +193,27 @@ def conv_steps(config: Config) -> dict[str, Callable[[], Any]]:
     return steps
 
 
+def forward_passes(config: Config) -> dict[str, Callable[[], Any]]:
+    """One product with a W x W matrix: dense, by sparse layers, and by what `agent_optax.export` makes of any mask."""
+    width, keys = config.width, jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (config.batch, width))
+    steps: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, product: Callable[[jax.Array, Any], jax.Array], weights: Any) -> None:
+        steps[name] = functools.partial(jax.jit(product), x, weights)
+
+    add("dense", operator.matmul, jax.random.normal(keys[1], (width, width)))
+    for kind, sparsity in itertools.product(config.layers, config.sparsities):
+        connections = connect(kind, keys[2], width, width, sparsity)
+        values = layers.init_values(keys[1], connections)
+        add(f"{kind}, {sparsity:.1%}", lambda x, layer: layers.sparse_dot(x, *layer), (values, connections))
+        if kind == "any_mask":
+            bcsr, bcoo = (to(values, connections) for to in (export.to_bcsr, export.to_bcoo))
+            add(f"to_bcsr, {sparsity:.1%}", lambda x, matrix: (matrix @ x.T).T, bcsr)
+            add(f"to_bcoo, {sparsity:.1%}", operator.matmul, bcoo)
+    return steps
+
+
 def main(config: Config) -> None:
     """Prints a table for each stage; writes JSON."""
     config = config.completed()
@@ -201,9 +224,11 @@ def main(config: Config) -> None:
         "rewire": f"topology update, {network}, over a dense train step",
         "conv": f"3 x 3 convolution, {config.channels} channels, {config.size} x {config.size}, "
         f"batch {config.conv_batch}, forward and backward",
+        "forward": f"product, {config.width} x {config.width}, batch {config.batch}, forward",
     }
     for stage in config.stages:
-        steps = {"mlp": mlp_steps, "rewire": rewirings, "conv": conv_steps}[stage](config)
+        make = {"mlp": mlp_steps, "rewire": rewirings, "conv": conv_steps, "forward": forward_passes}[stage]
+        steps = make(config)
         seconds = interleaved_seconds(steps, config.rounds)
         table = Table(title=titles[stage])
         for column in ("layer", "ms", "ratio to dense"):

@@ -125,10 +125,10 @@ def test_topology_update(tmp_path):
 def test_sparse_layers(tmp_path):
     rows = run("sparse_layers", tmp_path, momentum=0.9)["rows"]
     names = ["dense", "fan_in:8, 90.0%", "any_mask, 90.0%"]
-    expected = {"mlp": names, "rewire": [*names, *(f"{n}, 1 candidates a weight" for n in names[1:])], "conv": names}
-    assert {(row["stage"], row["layer"]) for row in rows} == {
-        (s, n) for s, of_stage in expected.items() for n in of_stage
-    }
+    drawn = [f"{name}, 1 candidates a weight" for name in names[1:]]
+    exported = ["to_bcsr, 90.0%", "to_bcoo, 90.0%"]
+    expected = {"mlp": names, "rewire": names + drawn, "conv": names, "forward": names + exported}
+    assert {(row["stage"], row["layer"]) for row in rows} == {(s, n) for s, own in expected.items() for n in own}
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
     with pytest.raises(ValueError, match="got 'fan_in'"):
         run("sparse_layers", tmp_path, layers=("fan_in",))

@@ -49,18 +49,26 @@ def merge(params: optax.Params, masks: Any) -> optax.Params:
 
 def mask_of_each_leaf(params: optax.Params, masks: Any) -> list[Any]:
     """The masks in the order of the leaves of `params`, None where nothing is pruned; from a tree or a state."""
-    if find_sparsify(masks):
-        masks = active_masks(masks, params)
-
-    found = matched_leaves(masks, params, "masks")
+    found = matched_masks(params, masks)
     for name, leaf, mask in zip(leaf_names(params), jax.tree.leaves(params), found, strict=True):
-        if mask is not None and (jnp.shape(mask) != jnp.shape(leaf) or jnp.result_type(mask) != jnp.bool_):
-            raise ValueError(
-                f"masks must be boolean and shaped like params, but for {name} the mask is "
-                f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the weight {list(jnp.shape(leaf))}: compare with "
-                "mask != 0 to make it boolean."
-            )
+        if mask is not None:
+            check_mask(name, leaf, mask)
     return found
+
+
+def matched_masks(params: optax.Params, masks: Any) -> list[Any]:
+    """The same, of whatever shape."""
+    return matched_leaves(active_masks(masks, params) if find_sparsify(masks) else masks, params, "masks")
+
+
+def check_mask(name: str, weights: Any, mask: Any) -> None:
+    """Raises ValueError unless a mask is one of these weights."""
+    if jnp.shape(mask) != jnp.shape(weights) or jnp.result_type(mask) != jnp.bool_:
+        raise ValueError(
+            f"masks must be boolean and shaped like params, but for {name} the mask is "
+            f"{jnp.result_type(mask)}{list(jnp.shape(mask))} and the weight {list(jnp.shape(weights))}: compare with "
+            "mask != 0 to make it boolean."
+        )
 
 
 def check_inactive_are_zero(name: str, weights: Any, mask: Any) -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from agent_optax._validation import check_positive_int
-from agent_optax.sparsity._default_axes import AxesChoice, axes_of_leaves
+from agent_optax.export._known_axes import known_axes
+from agent_optax.sparsity._default_axes import AxesChoice
 from agent_optax.sparsity._leaf_names import leaf_names
 
 
@@ -86,13 +87,8 @@ def n_m_report(
     if axis not in ("inputs", "outputs"):
         raise ValueError(f"axis must be 'inputs' or 'outputs', got {axis!r}: axes= says which those are.")
     reports = {}
-    found = axes_of_leaves(axes, names, [jnp.shape(leaf) for leaf in leaves], range(len(leaves)))
-    for name, leaf, (own, is_known) in zip(names, leaves, found, strict=True):
-        if not is_known:
-            raise ValueError(
-                f"nothing tells which axes of {name}, of shape {jnp.shape(leaf)}, are its inputs: say so with "
-                "axes=lambda name, shape: agent_optax.Axes(stack=0, inputs=1, outputs=2), say."
-            )
+    found = known_axes(axes, names, [jnp.shape(leaf) for leaf in leaves], range(len(leaves)))
+    for name, leaf, own in zip(names, leaves, found, strict=True):
         layers = jnp.stack(own.unstacked(jnp.asarray(leaf)))
         matrices = layers.reshape(len(layers), -1, layers.shape[-1])
         reports[name] = _report(matrices, n, m, -2 if axis == "inputs" else -1, name)

@@ -89,7 +89,7 @@ class SparseLinear(nnx.Module):
         """[..., in_features] -> [..., out_features]."""
         bias = None if self.bias is None else self.bias[...]
         inputs, values, bias = promote_dtype(inputs, self.values[...], bias, dtype=self.dtype)
-        y = sparse_dot(inputs, values, _value(self.connections))
+        y = sparse_dot(inputs, values, connections_in(self))
         return y if bias is None else y + bias
 
 
@@ -169,7 +169,7 @@ class SparseConv(nnx.Module):
         y = sparse_conv(
             inputs,
             values,
-            _value(self.connections),
+            connections_in(self),
             kernel_size=self.kernel_size,
             strides=self.strides,
             padding=self.padding,
@@ -196,6 +196,7 @@ def _connections(
     return connections
 
 
-def _value(variable: Any) -> Any:
-    """What a variable holds."""
+def connections_in(layer: SparseLinear | SparseConv) -> Connections:
+    """The connections of a layer, without the variable around them."""
+    variable: Any = layer.connections
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from agent_optax._validation import check_fraction
 from agent_optax.export._merge import check_inactive_are_zero, mask_of_each_leaf
-from agent_optax.flax._sparse_nnx import ZEROS, Initializer, SparseConv, SparseLinear
-from agent_optax.layers import connections_of, from_dense
+from agent_optax.flax._sparse_nnx import ZEROS, Initializer, SparseConv, SparseLinear, connections_in
+from agent_optax.layers import connections_of, from_dense, to_dense
 from agent_optax.sparsity import erk
 from agent_optax.sparsity._leaf_names import leaf_names
 
@@ -64,35 +65,37 @@ def sparse_layers(
     check_fraction("sparsity", sparsity, "it is the share of weights that do not exist, such as 0.9", below_one=True)
     dense: list[tuple[Any, Any]] = [
         (path, layer)
-        for path, layer in nnx.iter_modules(model)
-        if _is_replaceable(layer) and (where is None or where("/".join(map(str, path)), layer))
+        for path, layer in modules_of(model)
+        if is_replaceable(layer) and (where is None or where("/".join(map(str, path)), layer))
     ]
     if not dense:
         raise ValueError("no nnx.Linear or two-dimensional nnx.Conv of the model is chosen: look at where=.")
     densities = distribution([layer.kernel.shape for _, layer in dense], sparsity)
-    _swap(
+    swap(
         model,
         [
-            (path, layer, _sparse(layer, group, kernel_init, rngs, sparsity=1 - density))
+            (path, layer, sparse_layer(layer, kernel_init, rngs, sparsity=1 - density, group=group))
             for (path, layer), density in zip(dense, densities, strict=True)
             if density < 1
         ],
     )
 
 
-def to_sparse_layers(model: nnx.Module, masks: Any, *, group: int = 16) -> None:
+def to_sparse_layers(model: nnx.Module, masks: Any, *, group: int | None = None) -> None:
     """Puts sparse layers in place of the pruned ones of a model, with their weights, in place: outputs stay the same.
 
     What `agent_optax.sparsify` has trained as a dense kernel with zeros becomes a layer that does not touch them. Each
     pruned `flax.nnx.Linear` becomes a `SparseLinear`, each pruned `flax.nnx.Conv` in two dimensions, without dilation
     and feature groups, a `SparseConv`. Connections are the fastest that a mask allows: see
-    `agent_optax.layers.connections_of`. Other modules stay as they are.
+    `agent_optax.layers.connections_of`. Biases and other modules, such as norms, stay as they are. Build the optimizer
+    afterwards.
 
     Args:
         model: the model.
         masks: what `agent_optax.active_masks` returns, or the state of an optimizer that holds `agent_optax.sparsify`,
             as `agent_optax.flax.nnx.opt_state` returns it.
-        group: how many consecutive outputs share their inputs, where they do. Default 16.
+        group: how many consecutive outputs share their inputs, where they do. Default None: as many as do in each mask,
+            so the G of ``sparsify(..., pattern=fan_in(group=G))``.
 
     Raises:
         ValueError: if `masks` does not fit the model, an inactive weight is not zero, no layer is pruned, the model
@@ -116,30 +119,71 @@ def to_sparse_layers(model: nnx.Module, masks: Any, *, group: int = 16) -> None:
     """
     params = nnx.state(model, nnx.Param)
     masked = dict(zip(leaf_names(params), mask_of_each_leaf(params, masks), strict=True))
-    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
     swaps = []
-    for path, layer in modules:
+    for path, layer in modules_of(model):
         name = "/".join([*map(str, path), "kernel"])
-        if not _is_replaceable(layer) or masked.get(name) is None:
+        if not is_replaceable(layer) or masked.get(name) is None:
             continue
         kernel, mask = layer.kernel[...], masked[name]
         check_inactive_are_zero(name, kernel, mask)
         made = connections_of(np.asarray(mask).reshape(-1, mask.shape[-1]), group=group)
-        sparse = _sparse(layer, group, ZEROS, nnx.Rngs(0), connections=made)
+        sparse = sparse_layer(layer, ZEROS, nnx.Rngs(0), connections=made)
         sparse.values[...] = from_dense(kernel.reshape(-1, kernel.shape[-1]), made)
         swaps.append((path, layer, sparse))
     if not swaps:
         raise ValueError("masks holds none for an nnx.Linear or two-dimensional nnx.Conv of the model.")
-    _swap(model, swaps)
+    swap(model, swaps)
 
 
-def _swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> None:
+def to_dense_layers(model: nnx.Module) -> Any:
+    """Puts dense layers in place of the sparse ones of a model, in place: the inverse of `to_sparse_layers`.
+
+    Each `SparseLinear` becomes a `flax.nnx.Linear`, each `SparseConv` a `flax.nnx.Conv`, with the same bias and with
+    zeros where no weight exists: outputs stay the same. Build the optimizer afterwards.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The masks, a tree like ``flax.nnx.state(model, flax.nnx.Param)`` with None where nothing is pruned: what
+        ``agent_optax.sparsify(..., masks=)`` takes.
+
+    Raises:
+        ValueError: if the model has no sparse layer, the model itself is the layer, or a layer is used in several
+            places of the model.
+
+    Example:
+        >>> import agent_optax.flax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(agent_optax.flax.nnx.SparseLinear(64, 32, sparsity=0.875, rngs=nnx.Rngs(0)))
+        >>> before = model(jnp.ones((1, 64)))
+        >>> masks = agent_optax.flax.nnx.to_dense_layers(model)
+        >>> type(model.layers[0]).__name__, int((model.layers[0].kernel[...] != 0).sum())
+        ('Linear', 256)
+        >>> bool(jnp.allclose(model(jnp.ones((1, 64))), before, atol=1e-6))
+        True
+    """
+    swaps = [
+        (path, layer, _dense(layer)) for path, layer in modules_of(model) if type(layer) in (SparseLinear, SparseConv)
+    ]
+    if not swaps:
+        raise ValueError("the model has no SparseLinear and no SparseConv.")
+    swap(model, swaps)
+    masks = {
+        "/".join([*map(str, path), "kernel"]): connections_in(layer).mask().reshape(dense.kernel.shape)
+        for path, layer, dense in swaps
+    }
+    params = nnx.state(model, nnx.Param)
+    return jax.tree.structure(params).unflatten([masks.get(name) for name in leaf_names(params)])
+
+
+def swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> None:
     """Puts new layers in the places of old ones; all or none."""
     if any(layer is model for _, layer, _ in swaps):
-        raise ValueError("the model itself is the layer: build an agent_optax.flax.nnx.SparseLinear or SparseConv.")
+        raise ValueError("the model itself is the layer: put it into one, such as flax.nnx.Sequential(layer).")
     for path, _, sparse in swaps:
         _replace(model, path, sparse)
-    remaining = {id(module) for _, module in nnx.iter_modules(model)}
+    remaining = {id(module) for _, module in modules_of(model)}
     shared = ["/".join(map(str, path)) for path, layer, _ in swaps if id(layer) in remaining]
     if shared:
         for path, layer, _ in swaps:
@@ -150,7 +194,13 @@ def _swap(model: nnx.Module, swaps: Sequence[tuple[Any, Any, nnx.Module]]) -> No
         )
 
 
-def _is_replaceable(layer: Any) -> bool:
+def modules_of(model: Any) -> list[tuple[Any, Any]]:
+    """The modules of a model, and the paths to them."""
+    return list(nnx.iter_modules(model) if hasattr(nnx, "iter_modules") else model.iter_modules())  # flax < 0.12
+
+
+def is_replaceable(layer: Any) -> bool:
+    """Whether a sparse layer can take the place of a layer."""
     if type(layer) is nnx.Linear:
         return True
     return (
@@ -177,14 +227,13 @@ def _padding(layer: nnx.Conv) -> Any:
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
 
 
-def _sparse(
-    layer: Any, group: int, kernel_init: Initializer | None, rngs: nnx.Rngs, **which: Any
+def sparse_layer(
+    layer: Any, kernel_init: Initializer | None, rngs: nnx.Rngs, **which: Any
 ) -> SparseLinear | SparseConv:
-    """A sparse layer of the same shape, with the same bias; `which` is its sparsity, or its connections."""
+    """A sparse layer of the same shape, with the same bias; `which` is its sparsity and group, or its connections."""
     *window, inputs, outputs = layer.kernel.shape
     options: dict[str, Any] = {
         **which,
-        "group": group,
         "use_bias": layer.bias is not None,
         "dtype": layer.dtype,
         "param_dtype": layer.param_dtype,
@@ -199,6 +248,26 @@ def _sparse(
     if layer.bias is not None:
         sparse.bias = layer.bias
     return sparse
+
+
+def _dense(layer: SparseLinear | SparseConv) -> nnx.Linear | nnx.Conv:
+    """A dense layer with the same weights and the same bias."""
+    options: dict[str, Any] = {
+        "use_bias": layer.bias is not None,
+        "dtype": layer.dtype,
+        "param_dtype": layer.values[...].dtype,
+        "kernel_init": ZEROS,
+        "rngs": nnx.Rngs(0),
+    }
+    if isinstance(layer, SparseConv):
+        shape = (layer.in_features, layer.out_features, layer.kernel_size)
+        dense = nnx.Conv(*shape, strides=layer.strides, padding=layer.padding, **options)
+    else:
+        dense = nnx.Linear(layer.in_features, layer.out_features, **options)
+    dense.kernel[...] = to_dense(layer.values[...], connections_in(layer)).reshape(dense.kernel.shape)
+    if layer.bias is not None:
+        dense.bias = layer.bias
+    return dense
 
 
 def _replace(model: Any, path: Sequence[Any], module: nnx.Module) -> None:

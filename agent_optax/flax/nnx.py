@@ -14,10 +14,11 @@ from flax import nnx
 import agent_optax
 from agent_optax.correction._evaluate import evaluation_point
 from agent_optax.correction._layout import at_point, from_point
+from agent_optax.flax._files_nnx import load_safetensors, save_safetensors
 from agent_optax.flax._optimizer_nnx import arrays_of, check_optimizer, opt_state, params_of
 from agent_optax.flax._rewire_nnx import prepare_rewiring, rewire
 from agent_optax.flax._sparse_nnx import SparseConnections, SparseConv, SparseLinear
-from agent_optax.flax._swap_nnx import sparse_layers, to_sparse_layers
+from agent_optax.flax._swap_nnx import sparse_layers, to_dense_layers, to_sparse_layers
 
 __all__ = [
     "value_and_grads",
@@ -31,6 +32,9 @@ __all__ = [
     "SparseConnections",
     "sparse_layers",
     "to_sparse_layers",
+    "to_dense_layers",
+    "save_safetensors",
+    "load_safetensors",
 ]
 
 

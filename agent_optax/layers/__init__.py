@@ -1,5 +1,6 @@
 """Sparse layers: zeros that are never touched, neither stored nor multiplied."""
 
+from agent_optax.layers import _serialization as _serialization
 from agent_optax.layers._any_mask import AnyMask
 from agent_optax.layers._connections import Connections
 from agent_optax.layers._dense import from_dense, to_dense

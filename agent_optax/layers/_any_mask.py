@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agent_optax._validation import check_positive_int
 from agent_optax.layers._as_mask import as_mask
-from agent_optax.layers._connections import Connections, check_random
+from agent_optax.layers._connections import Connections, check_in_range, check_random
 from agent_optax.layers._places import Places
 from agent_optax.layers._point import Point
 from agent_optax.layers._rows import MOST_COLUMNS, Rows, product, products_of_rows, rows_of, split_rows
@@ -35,7 +36,7 @@ class AnyMask(Connections):
     length, so that shapes depend on the number of weights and not on where they are: masks with equal numbers run in
     the same compiled program.
 
-    Make one with `AnyMask.random` or `AnyMask.from_mask`.
+    Make one with `AnyMask.random`, `AnyMask.from_mask` or `AnyMask.from_indices`.
 
     Attributes:
         rows: the inputs of each output.
@@ -88,6 +89,57 @@ class AnyMask(Connections):
         return _connect(positions % inputs, positions // inputs, inputs, outputs)
 
     @classmethod
+    def from_indices(cls, indices: Any, indptr: Any, *, inputs: int) -> AnyMask:
+        """Given inputs of each output, one after another: the compressed sparse rows of a matrix [outputs, inputs].
+
+        Args:
+            indices: int [N], known ones: not under `jax.jit`. The inputs of the first output in increasing order, then
+                those of the second, and so on.
+            indptr: int [outputs + 1]: output o has the inputs ``indices[indptr[o]:indptr[o + 1]]``.
+            inputs: the number of inputs.
+
+        Returns:
+            The connections, whose weights are in the order of `indices`.
+
+        Raises:
+            ValueError: if `indptr` does not divide `indices` among outputs, or an index is out of range, or indices of
+                an output do not increase.
+
+        Example:
+            >>> from agent_optax import layers
+            >>> layers.AnyMask.from_indices([0, 2, 1], [0, 2, 3], inputs=3).mask().astype(int)
+            Array([[1, 0],
+                   [0, 1],
+                   [1, 0]], dtype=int32)
+        """
+        check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
+        columns, bounds = np.asarray(indices), np.asarray(indptr)
+        if columns.ndim != 1 or columns.size == 0 or columns.dtype.kind not in "iu":
+            raise ValueError(
+                f"indices must be whole numbers [N], at least one, got {columns.dtype} {list(columns.shape)}."
+            )
+        if bounds.ndim != 1 or len(bounds) < 2 or bounds.dtype.kind not in "iu":
+            raise ValueError(
+                f"indptr must be whole numbers [outputs + 1], at least two, got {bounds.dtype} {list(bounds.shape)}."
+            )
+        counts = np.diff(bounds.astype(np.int64))
+        if bounds[0] != 0 or bounds[-1] != len(columns) or counts.min() < 0:
+            raise ValueError(
+                f"indptr must rise from 0 to {len(columns)}, the number of indices, got one from {bounds[0]} to "
+                f"{bounds[-1]}" + (f" that falls after entry {counts.argmin()}." if counts.min() < 0 else ".")
+            )
+        check_in_range(columns, inputs)
+        outputs = np.repeat(np.arange(len(counts)), counts)
+        is_wrong = (columns[1:] <= columns[:-1]) & (outputs[1:] == outputs[:-1])
+        if is_wrong.any():
+            n = is_wrong.argmax()
+            raise ValueError(
+                f"indices of an output must increase: output {outputs[n]} has {columns[n]} and then {columns[n + 1]}. "
+                "Sort them, and the weights with them."
+            )
+        return _connect(columns, outputs, inputs, len(counts))
+
+    @classmethod
     def from_mask(cls, mask: Any) -> AnyMask:
         """The connections that a mask allows.
 
@@ -123,11 +175,16 @@ class AnyMask(Connections):
 
     def dense(self, values: jax.Array) -> jax.Array:
         """[inputs, outputs]: the weights as a dense kernel."""
-        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[self._positions()].set(values)
+        return jnp.zeros((self.inputs, self.outputs), values.dtype).at[self.coordinates()].set(values)
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
-        return kernel[self._positions()]
+        return kernel[self.coordinates()]
+
+    def coordinates(self) -> tuple[jax.Array, jax.Array]:
+        """Input and output of each weight, int32 [N] each."""
+        num_pieces = self.rows.segments.shape[0]
+        return self.rows.sources.reshape(-1)[self.slots], self.rows.segments[self.slots % num_pieces]
 
     @property
     def pattern(self) -> Pattern:
@@ -136,7 +193,7 @@ class AnyMask(Connections):
 
     def unit_part(self, values: jax.Array, start: Any, number: int) -> tuple[jax.Array, jax.Array]:
         """[inputs, number], weights and mask of so many consecutive outputs."""
-        inputs, outputs = self._positions()
+        inputs, outputs = self.coordinates()
         place = jnp.where(outputs < start, number, outputs - start)  # others than those of the part are beyond its end
         nothing = jnp.zeros((self.inputs, number), values.dtype)
         weights = nothing.at[inputs, place].set(values, mode="drop")
@@ -149,7 +206,7 @@ class AnyMask(Connections):
     @property
     def places(self) -> jax.Array:
         """[1, N]: where each weight is, counted input by input for each output."""
-        inputs, outputs = self._positions()
+        inputs, outputs = self.coordinates()
         return (outputs * self.inputs + inputs)[None]
 
     @property
@@ -191,11 +248,6 @@ class AnyMask(Connections):
             self.rows.sources, z, rows_of(dy, jnp.minimum(self.rows.segments, self.outputs - 1))
         )
         return products.reshape(-1)[self.slots]
-
-    def _positions(self) -> tuple[jax.Array, jax.Array]:
-        """Input and output of each weight, [N] each."""
-        num_pieces = self.rows.segments.shape[0]
-        return self.rows.sources.reshape(-1)[self.slots], self.rows.segments[self.slots % num_pieces]
 
 
 def _connect(input_of: Any, output_of: Any, inputs: int, outputs: int) -> AnyMask:

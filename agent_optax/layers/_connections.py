@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agent_optax._validation import check_fraction, check_positive_int
 from agent_optax.correction._layout import Layout
@@ -75,6 +76,10 @@ class Connections(Layout):
 
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
+        raise NotImplementedError
+
+    def coordinates(self) -> tuple[jax.Array, jax.Array]:
+        """Input and output of each weight, int32 [num_weights] each: sorted by output, then by input."""
         raise NotImplementedError
 
     # What `rewire` needs: a layer in units that exist or not as a whole.
@@ -171,3 +176,10 @@ def check_random(inputs: int, outputs: int, density: float) -> None:
     check_positive_int("inputs", inputs, "it is the number of inputs of the layer")
     check_positive_int("outputs", outputs, "it is the number of outputs of the layer")
     check_fraction("density", density, "it is the share of weights that exist, such as 0.05")
+
+
+def check_in_range(indices: np.ndarray, inputs: int) -> None:
+    """Raises ValueError unless all are inputs of the layer."""
+    if indices.min() < 0 or indices.max() >= inputs:
+        wrong = indices[(indices < 0) | (indices >= inputs)][0]
+        raise ValueError(f"indices must lie between 0 and {inputs - 1}, the last of the inputs, got {wrong}.")

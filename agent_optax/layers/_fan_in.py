@@ -12,7 +12,7 @@ import numpy as np
 
 from agent_optax._validation import check_positive_int
 from agent_optax.layers._as_mask import as_mask
-from agent_optax.layers._connections import Connections, check_random
+from agent_optax.layers._connections import Connections, check_in_range, check_random
 from agent_optax.layers._places import Places
 from agent_optax.layers._point import Point
 from agent_optax.layers._row_major import row_major
@@ -126,9 +126,7 @@ class FanIn(Connections):
             )
         if rows.dtype.kind not in "iu":
             raise ValueError(f"indices must be whole numbers, got {rows.dtype}.")
-        if rows.min() < 0 or rows.max() >= inputs:
-            wrong = rows[(rows < 0) | (rows >= inputs)][0]
-            raise ValueError(f"indices must lie between 0 and {inputs - 1}, the last of the inputs, got {wrong}.")
+        check_in_range(rows, inputs)
         repeated = np.argwhere(rows[:, 1:] == rows[:, :-1])
         if len(repeated):
             g, j = repeated[0]
@@ -196,6 +194,10 @@ class FanIn(Connections):
     def gather(self, kernel: jax.Array) -> jax.Array:
         """The weights of a dense kernel [inputs, outputs] that exist."""
         return kernel[self._sources(), jnp.arange(self.outputs)[:, None]]
+
+    def coordinates(self) -> tuple[jax.Array, jax.Array]:
+        """Input and output of each weight, int32 [outputs * k] each."""
+        return self._sources().reshape(-1), jnp.repeat(jnp.arange(self.outputs, dtype=jnp.int32), self.fan_in)
 
     @property
     def pattern(self) -> Pattern:
@@ -298,9 +300,7 @@ def _connect(indices: jax.Array, inputs: int, outputs: int, group: int) -> FanIn
     connections = FanIn(indices, None, inputs, outputs, group)
     if group >= SMALLEST_PRODUCT:
         return connections
-    sources = connections._sources()
-    targets = jnp.repeat(jnp.arange(outputs, dtype=jnp.int32), sources.shape[1])
-    transposed, _ = split_rows(sources.reshape(-1), targets, inputs)
+    transposed, _ = split_rows(*connections.coordinates(), inputs)
     return dataclasses.replace(connections, transposed=transposed)
 
 

@@ -51,7 +51,7 @@ def sparse_product(columns: Columns, values: jax.Array, x: jax.Array, connection
 
     def of_block(x: jax.Array) -> jax.Array:
         z = columns.looked_up(_summable(columns.features_first(x)), connections.lookups)
-        return columns.batch_first(connections.product(_summable(values), z).astype(x.dtype), len(x))
+        return columns.batch_first(connections.product(_summable(values), z).astype(x.dtype), x.shape[0])
 
     return _in_blocks(of_block, columns, connections, x)
 
@@ -62,9 +62,9 @@ def transposed_product(columns: Columns, values: jax.Array, dy: jax.Array, conne
 
     def of_block(dy: jax.Array) -> jax.Array:
         dz = connections.transposed_product(_summable(values), _summable(columns.output_features_first(dy)))
-        x = jax.ShapeDtypeStruct(columns.input_shape(connections, len(dy)), dz.dtype)
+        x = jax.ShapeDtypeStruct(columns.input_shape(connections, dy.shape[0]), dz.dtype)
         (dx,) = jax.linear_transpose(lambda x: columns.looked_up(x, connections.lookups), x)(dz)
-        return columns.input_batch_first(dx.astype(dy.dtype), len(dy))
+        return columns.input_batch_first(dx.astype(dy.dtype), dy.shape[0])
 
     return _in_blocks(of_block, columns, connections, dy)
 
@@ -120,11 +120,16 @@ def _in_blocks(
     """The function of a batch, as many samples at a time as the connections can take."""
     blocks = _blocks(columns, connections, x)
     y = of_block(blocks[0])[None] if len(blocks) == 1 else jax.lax.map(of_block, blocks)
-    return y.reshape(-1, *y.shape[2:])[: len(x)]
+    return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
 
 def _blocks(columns: Columns, connections: Connections, x: jax.Array) -> jax.Array:
-    """[batch, ...] -> [blocks, samples, ...], at least one sample each; what is missing to the last is zero."""
+    """[batch, ...] -> [blocks, samples, ...], at least one sample each; what is missing to the last is zero.
+
+    A batch whose size `jax.export` leaves open is one block.
+    """
+    if not isinstance(x.shape[0], int):
+        return x[None]
     most = max(1, connections.num_columns // columns.num_columns)
     num_blocks = max(1, -(-len(x) // most))
     num_samples = max(1, -(-len(x) // num_blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,17 +19,21 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def leaf_names(params: optax.Params) -> list[str]:
     """The names of the leaves; the boxes in which Flax keeps arrays add nothing to them."""
-    named_nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_flax_box)
-    return [path_name(path) for path, node in named_nodes for _ in jax.tree.leaves(node)]
+    return [name for name, node in named_boxes(params) for _ in jax.tree.leaves(node)]
+
+
+def named_boxes(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> list[tuple[str, Any]]:
+    """The names of the leaves and the leaves, in the boxes in which Flax keeps them."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_flax_box(node))
+    return [(path_name(path), node) for path, node in nodes]
 
 
 def named_nodes(tree: Any) -> list[tuple[str, Any]]:
     """The names of the leaves and what is there; also of None and of what is hidden."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: is_absent(node) or _is_flax_box(node))
     named = []
-    for path, node in nodes:
+    for name, node in named_boxes(tree, is_absent):
         leaves = [None] if is_absent(node) else jax.tree.leaves(node) or [None]
-        named += [(path_name(path), leaf) for leaf in leaves]
+        named += [(name, leaf) for leaf in leaves]
     return named
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers_of_each_kind import KINDS, connect
@@ -44,6 +45,37 @@ def test_a_mask_gives_the_connections_that_it_came_from(kind):
     )
     assert jax.tree.structure(again) == jax.tree.structure(connections)
     jax.tree.map(np.testing.assert_array_equal, again, connections)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coordinates_are_those_of_the_mask(kind):
+    connections = connect(kind, 12, 21)
+    outputs, inputs = np.nonzero(np.asarray(connections.mask()).T)
+    np.testing.assert_array_equal(connections.coordinates(), (inputs, outputs))
+
+
+@pytest.mark.parametrize(("num_inputs", "group", "expected"), [((2,) * 7, 3, 3), ((1, 2), 8, 1), ((5,), 20, 20)])
+def test_the_group_is_that_of_the_mask(num_inputs, group, expected):
+    """Groups of equal numbers of inputs, of different ones, which no group can have, and all outputs as one group."""
+    mask = np.zeros((9, 20), bool)
+    for g, n in enumerate(num_inputs):
+        mask[g : g + n, g * group : (g + 1) * group] = True
+    connections = layers.connections_of(mask)
+    is_fan_in = len(set(num_inputs)) == 1
+    assert (type(connections), connections.group) == (layers.FanIn if is_fan_in else layers.AnyMask, expected)
+    np.testing.assert_array_equal(connections.mask(), mask)
+    assert layers.connections_of(mask, group=2).group == (2 if len(num_inputs) == 1 else 1)
+    assert layers.connections_of(mask[:, :1]).group == 16
+
+
+def test_any_mask_from_compressed_rows():
+    mask = np.random.default_rng(0).random((9, 7)) < 0.4
+    mask[:, 3] = False
+    matrix = scipy.sparse.csr_matrix(mask.T)
+    connections = layers.AnyMask.from_indices(matrix.indices, matrix.indptr, inputs=9)
+    expected = layers.AnyMask.from_mask(mask)
+    assert jax.tree.structure(connections) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, connections, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +157,12 @@ MASK = np.array([[True, False, True], [False, True, True]])
         (lambda: layers.FanIn.from_indices([[3, 3]], inputs=5, outputs=1), ValueError, "group 0 has 3 twice"),
         (lambda: layers.FanIn.from_indices([[1]], inputs=5, outputs=3), ValueError, r"shape \[3, k\].* got \[1, 1\]"),
         (lambda: layers.FanIn.from_indices([[0.5]], inputs=5, outputs=1), ValueError, "whole numbers, got float64"),
+        (lambda: layers.AnyMask.from_indices([0, 5], [0, 2], inputs=5), ValueError, "between 0 and 4.* got 5"),
+        (lambda: layers.AnyMask.from_indices([1, 1], [0, 2], inputs=5), ValueError, "output 0 has 1 and then 1"),
+        (lambda: layers.AnyMask.from_indices([0, 1], [0, 1], inputs=5), ValueError, "from 0 to 2, .* from 0 to 1"),
+        (lambda: layers.AnyMask.from_indices([0, 1], [0, 2, 1, 2], inputs=5), ValueError, "falls after entry 1"),
+        (lambda: layers.AnyMask.from_indices([0], [0], inputs=5), ValueError, r"indptr .* got int64 \[1\]"),
+        (lambda: layers.AnyMask.from_indices([0.5], [0, 1], inputs=5), ValueError, r"got float64 \[1\]"),
         (lambda: layers.FanIn.from_mask(MASK), ValueError, "between 1 and 2. Use AnyMask"),
         (lambda: layers.FanIn.from_mask(MASK[:, :2], group=2), ValueError, "group=2, output 1 differs from output 0"),
         (lambda: layers.AnyMask.from_mask(MASK & False), ValueError, r"shape \[2, 3\] that is nowhere"),
