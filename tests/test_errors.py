@@ -477,6 +477,36 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         ValueError,
         ("holds no sparse optimizer", "agent_optax.sparsify(inner, topology, ...)"),
     ),
+    "a score that is a tree": (
+        lambda: agent_optax.score_masks(PARAMS, PARAMS, 0.5),
+        TypeError,
+        ("score must be a function of params", "agent_optax.snip(loss_fn, batch)"),
+    ),
+    "no round": (
+        lambda: agent_optax.score_masks(lambda params: params, PARAMS, 0.5, rounds=0),
+        ValueError,
+        ("rounds must be a whole number of at least 1, got 0",),
+    ),
+    "a leaf without scores": (
+        lambda: agent_optax.score_masks(agent_optax.wanda({}), PARAMS, 0.5),
+        ValueError,
+        ("an array of the shape [4, 4] for dense/kernel, got None", "where=agent_optax.named(...)"),
+    ),
+    "scores that overflow": (
+        lambda: agent_optax.score_masks(lambda params: jax.tree.map(lambda p: p / 0, params), PARAMS, 0.5),
+        ValueError,
+        ("the scores of dense/kernel are not all finite", "jax.enable_x64(True)"),
+    ),
+    "activations of another shape": (
+        lambda: agent_optax.score_masks(agent_optax.wanda({"dense": {"kernel": jnp.ones((9, 3))}}), PARAMS, 0.5),
+        ValueError,
+        ("activations of the shape [..., 4] for dense/kernel", "got [9, 3]", "axes= says"),
+    ),
+    "masks of different shapes": (
+        lambda: agent_optax.mask_overlap([jnp.ones((2, 3), bool)], [jnp.ones((3, 2), bool)]),
+        ValueError,
+        ("masks must have equal shapes, got (2, 3) in a and (3, 2) in b",),
+    ),
     "diagnostics": (
         lambda: agent_optax.diagnostics(optax.sgd(0.1).init(PARAMS)),
         ValueError,
