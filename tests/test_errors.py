@@ -477,6 +477,31 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         ValueError,
         ("holds no sparse optimizer", "agent_optax.sparsify(inner, topology, ...)"),
     ),
+    "a statistic by which to grow": (
+        lambda: agent_optax.drop_and_grow(grow=agent_optax.movement()),
+        TypeError,
+        ("grow must be a score of the step alone", "pass it as drop="),
+    ),
+    "a score without its statistic": (
+        lambda: update(
+            sparsify(optax.sgd(0.1), agent_optax.drop_and_grow(grow=agent_optax.fisher().__call__), sparsity=0.5),
+            PARAMS,
+        ),
+        ValueError,
+        ("a score that keeps a statistic", "gradual_pruning(score=)"),
+    ),
+    "decay of fisher": (lambda: agent_optax.fisher(1.0), ValueError, ("decay must lie in [0, 1), got 1.0",)),
+    "power": (lambda: agent_optax.gradual_pruning(900, power=0), ValueError, ("power must be positive, got 0",)),
+    "a score for pruning": (
+        lambda: agent_optax.gradual_pruning(900, score="movement"),
+        TypeError,
+        ("score must be a score such as agent_optax.weight_magnitude, got 'movement'",),
+    ),
+    "what to normalize": (
+        lambda: agent_optax.normalized("l2"),
+        TypeError,
+        ("score must be a score such as agent_optax.weight_magnitude, got 'l2'",),
+    ),
     "a score that is a tree": (
         lambda: agent_optax.score_masks(PARAMS, PARAMS, 0.5),
         TypeError,

@@ -22,7 +22,9 @@ from agent_optax.sparsity.storages._sparse_update import SparseUpdate
 from agent_optax.sparsity.topologies._bayesian_rewiring import bayesian_rewiring
 from agent_optax.sparsity.topologies._drop_and_grow import drop_and_grow
 from agent_optax.sparsity.topologies._gradual_pruning import gradual_pruning
+from agent_optax.sparsity.topologies._normalized import normalized
 from agent_optax.sparsity.topologies._rigl import rigl, rigl_itop
+from agent_optax.sparsity.topologies._running_scores import fisher, movement
 from agent_optax.sparsity.topologies._scores import (
     at_random,
     gradient_magnitude,
@@ -48,6 +50,7 @@ __all__ = [
     "erdos_renyi",
     "erk",
     "fan_in",
+    "fisher",
     "gradient_magnitude",
     "gradual_pruning",
     "grasp",
@@ -58,9 +61,11 @@ __all__ = [
     "mask_params",
     "masks_of",
     "momentum_magnitude",
+    "movement",
     "n_m",
     "named",
     "never_active",
+    "normalized",
     "output_channels",
     "rigl",
     "rigl_itop",

@@ -71,11 +71,16 @@ def rewired(
     topology, step = optimizer.topology, state.topology_step
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
     momenta = topology.momenta(state.topology_state, len(stored))
+    statistics = topology.statistics(state.topology_state, len(stored))
+    kept = list(zip(momenta, statistics, strict=True))
     kinds = [(leaf.pattern, leaf.axes) for leaf in pruned]
 
-    def rewire_leaf(kind: tuple[Pattern, Axes], stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
+    def see(stored: Any, kept: tuple[Any, Any]) -> Layer:
+        return storage.see(stored)._replace(momentum=kept[0], statistic=kept[1])
+
+    def rewire_leaf(kind: tuple[Pattern, Axes], stored: Any, kept: Any, key: jax.Array) -> tuple[Any, Changes]:
         pattern, axes = kind
-        leaf = storage.see(stored)._replace(momentum=momentum)
+        leaf = see(stored, kept)
 
         def new_mask(layer: Layer, key: jax.Array) -> jax.Array:
             return pattern.entries(topology.rewire_layer(pattern.units(layer), step, key), layer.mask)
@@ -83,8 +88,8 @@ def rewired(
         changed, changes = storage.change(stored, leaf, axes.on_each_layer(new_mask, leaf, key, leaf.mask))
         return changed, changes._replace(num_grown=changes.num_dropped) if topology.keeps_counts else changes
 
-    def keep_leaf(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
-        del momentum, key
+    def keep_leaf(stored: Any, kept: Any, key: jax.Array) -> tuple[Any, Changes]:
+        del kept, key
         zero = zero_like(stored, jnp.int32)
         return storage.keep(stored), Changes(zero, zero)
 
@@ -96,9 +101,9 @@ def rewired(
     if topology.is_layerwise:
         due = optimizer.layers_due(step, len(stored)) & usable
         keys = jax.random.split(key, max(len(stored), 1))
-        changed, changes = map_layers(change_leaf, kinds, list(zip(stored, momenta, strict=True)), due, keys)
+        changed, changes = map_layers(change_leaf, kinds, list(zip(stored, kept, strict=True)), due, keys)
     else:
-        leaves = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
+        leaves = [see(s, k) for s, k in zip(stored, kept, strict=True)]
         layers = [
             [(pattern, layer) for layer in axes.unstacked_layers(leaf)]
             for (pattern, axes), leaf in zip(kinds, leaves, strict=True)

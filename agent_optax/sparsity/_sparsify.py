@@ -215,7 +215,8 @@ def sparsify(
         others: tuple[tuple[str, Any], ...],
     ) -> tuple[optax.Updates, SparsifyState]:
         state = state._replace(topology_step=state.topology_step + 1)
-        state = state._replace(topology_state=topology.observe(state.topology_state, jax.lax.stop_gradient(grads)))
+        observed = topology.observe(state.topology_state, *jax.lax.stop_gradient((grads, params)))
+        state = state._replace(topology_state=observed)
         return storing.update(optimizer, grads, state, params, {**numeric, **dict(others)})
 
     compiled_step = jax.jit(take_step, static_argnums=4)  # outside any jit, loops would compile anew at each step

@@ -3,7 +3,9 @@
 from agent_optax.sparsity.topologies._bayesian_rewiring import bayesian_rewiring
 from agent_optax.sparsity.topologies._drop_and_grow import drop_and_grow
 from agent_optax.sparsity.topologies._gradual_pruning import gradual_pruning
+from agent_optax.sparsity.topologies._normalized import normalized
 from agent_optax.sparsity.topologies._rigl import rigl, rigl_itop
+from agent_optax.sparsity.topologies._running_scores import fisher, movement
 from agent_optax.sparsity.topologies._scores import (
     at_random,
     gradient_magnitude,
@@ -21,11 +23,14 @@ __all__ = [
     "at_random",
     "bayesian_rewiring",
     "drop_and_grow",
+    "fisher",
     "gradient_magnitude",
     "gradual_pruning",
     "magnitude_by_sign",
     "momentum_magnitude",
+    "movement",
     "never_active",
+    "normalized",
     "rigl",
     "rigl_itop",
     "set_",
