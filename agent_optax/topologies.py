@@ -1,6 +1,7 @@
 """Topologies: which weights are active; the same names as in `agent_optax`."""
 
 from agent_optax.sparsity.topologies import (
+    ac_dc,
     at_random,
     bayesian_rewiring,
     drop_and_grow,
@@ -18,11 +19,13 @@ from agent_optax.sparsity.topologies import (
     set_itop,
     snfs,
     static,
+    straight_through,
     taylor,
     weight_magnitude,
 )
 
 __all__ = [
+    "ac_dc",
     "at_random",
     "bayesian_rewiring",
     "drop_and_grow",
@@ -40,6 +43,7 @@ __all__ = [
     "set_itop",
     "snfs",
     "static",
+    "straight_through",
     "taylor",
     "weight_magnitude",
 ]

@@ -497,6 +497,33 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         TypeError,
         ("score must be a score such as agent_optax.weight_magnitude, got 'movement'",),
     ),
+    "phases that end dense": (
+        lambda: agent_optax.ac_dc([100, 150]),
+        ValueError,
+        ("switches must be an odd number of ascending steps, got [100, 150]",),
+    ),
+    "phases in disorder": (lambda: agent_optax.ac_dc([3, 2, 4]), ValueError, ("got [3, 2, 4]", "[100, 150, 200]")),
+    "a phase before the start": (lambda: agent_optax.ac_dc([0]), ValueError, ("a step in switches", "got 0")),
+    "a statistic straight through": (
+        lambda: agent_optax.straight_through(agent_optax.fisher()),
+        TypeError,
+        ("Fisher(decay=0.999) keeps a statistic: use gradual_pruning",),
+    ),
+    "decay straight through": (
+        lambda: agent_optax.straight_through(decay=-1e-4),
+        ValueError,
+        ("decay must not be negative, got -0.0001",),
+    ),
+    "corrected growth straight through": (
+        lambda: sparse(topology=agent_optax.straight_through(), grow_by="corrected"),
+        ValueError,
+        ("by weights that all positions keep: use grow_by='raw'",),
+    ),
+    "compact storage straight through": (
+        lambda: sparse(topology=agent_optax.straight_through(), storage="compact"),
+        ValueError,
+        ("keeps weights in whole arrays", "use storage='dense', got 'compact'"),
+    ),
     "what to normalize": (
         lambda: agent_optax.normalized("l2"),
         TypeError,

@@ -19,6 +19,7 @@ from agent_optax.sparsity.pruning._synflow import synflow
 from agent_optax.sparsity.pruning._wanda import wanda
 from agent_optax.sparsity.selection._top_k import top_k_mask
 from agent_optax.sparsity.storages._sparse_update import SparseUpdate
+from agent_optax.sparsity.topologies._ac_dc import ac_dc
 from agent_optax.sparsity.topologies._bayesian_rewiring import bayesian_rewiring
 from agent_optax.sparsity.topologies._drop_and_grow import drop_and_grow
 from agent_optax.sparsity.topologies._gradual_pruning import gradual_pruning
@@ -37,11 +38,13 @@ from agent_optax.sparsity.topologies._scores import (
 from agent_optax.sparsity.topologies._set import set_, set_itop
 from agent_optax.sparsity.topologies._snfs import snfs
 from agent_optax.sparsity.topologies._static import static
+from agent_optax.sparsity.topologies._straight_through import straight_through
 
 __all__ = [
     "Axes",
     "SparseUpdate",
     "SparsifyState",
+    "ac_dc",
     "active_masks",
     "at_random",
     "bayesian_rewiring",
@@ -76,6 +79,7 @@ __all__ = [
     "snip",
     "sparsify",
     "static",
+    "straight_through",
     "synflow",
     "taylor",
     "top_k_mask",

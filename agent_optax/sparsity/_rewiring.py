@@ -19,6 +19,7 @@ from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState, total
+from agent_optax.sparsity._topology import Topology
 
 Carry = TypeVar("Carry")
 
@@ -104,21 +105,8 @@ def rewired(
         changed, changes = map_layers(change_leaf, kinds, list(zip(stored, kept, strict=True)), due, keys)
     else:
         leaves = [see(s, k) for s, k in zip(stored, kept, strict=True)]
-        layers = [
-            [(pattern, layer) for layer in axes.unstacked_layers(leaf)]
-            for (pattern, axes), leaf in zip(kinds, leaves, strict=True)
-        ]
-        flat = [pair for of_leaf in layers for pair in of_leaf]
-        units = [pattern.units(layer) for pattern, layer in flat]
-        masks, topology_state = topology.rewire(units, state.topology_state, step, key)
-        new_masks = iter(
-            pattern.entries(jnp.where(usable, new, unit.mask), layer.mask)
-            for new, unit, (pattern, layer) in zip(masks, units, flat, strict=True)
-        )
-        both = [
-            storage.change(s, leaf, axes.restacked([next(new_masks) for _ in of_leaf], leaf.mask))
-            for s, leaf, (_, axes), of_leaf in zip(stored, leaves, kinds, layers, strict=True)
-        ]
+        masks, topology_state = rewired_masks(topology, pruned, leaves, state.topology_state, step, key, usable)
+        both = [storage.change(*each) for each in zip(stored, leaves, masks, strict=True)]
         changed = [new for new, _ in both]
         changes = jax.tree.map(lambda *counts: total(counts), *(counts for _, counts in both)) if both else None
         state = state._replace(
@@ -133,6 +121,34 @@ def rewired(
         num_topology_updates=state.num_topology_updates + made,
         num_skipped_updates=state.num_skipped_updates + (1 - made),
     )
+
+
+def rewired_masks(
+    topology: Topology,
+    pruned: Sequence[PrunedLeaf],
+    leaves: Sequence[Layer],
+    topology_state: Any,
+    step: jax.Array,
+    key: jax.Array,
+    usable: jax.Array | bool = True,
+) -> tuple[list[jax.Array], Any]:
+    """The new mask of each leaf, and the new state, of a topology that needs all layers at once."""
+    layers = [
+        [(leaf.pattern, layer) for layer in leaf.axes.unstacked_layers(whole)]
+        for leaf, whole in zip(pruned, leaves, strict=True)
+    ]
+    flat = [pair for of_leaf in layers for pair in of_leaf]
+    units = [pattern.units(layer) for pattern, layer in flat]
+    masks, topology_state = topology.rewire(units, topology_state, step, key)
+    new_masks = iter(
+        pattern.entries(jnp.where(usable, new, unit.mask), layer.mask)
+        for new, unit, (pattern, layer) in zip(masks, units, flat, strict=True)
+    )
+    whole_masks = [
+        leaf.axes.restacked([next(new_masks) for _ in of_leaf], whole.mask)
+        for leaf, whole, of_leaf in zip(pruned, leaves, layers, strict=True)
+    ]
+    return whole_masks, topology_state
 
 
 def all_finite(*trees: Any) -> jax.Array:

@@ -17,8 +17,8 @@ from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._rounding import tolerant_ceil
 from agent_optax.sparsity._running_score import RunningScore, observed_statistics, start_statistics
 from agent_optax.sparsity._topology import Topology
-from agent_optax.sparsity.selection._top_k import num_true, select, select_from_all
 from agent_optax.sparsity.topologies._drop_and_grow import rigl_rule
+from agent_optax.sparsity.topologies._prune import check_scope, check_score, pruned_masks, scores_of
 from agent_optax.sparsity.topologies._scores import Score, weight_magnitude
 from agent_optax.sparsity.topologies._update_times import (
     UpdateTimes,
@@ -97,10 +97,8 @@ def gradual_pruning(
     times = update_times(update_every, start, None if start == stop else stop)._replace(stop=stop)
     check_fraction("initial_sparsity", initial_sparsity, "it is the share of inactive weights", below_one=True)
     check_drop_fraction(drop_fraction)
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}.")
-    if not callable(score):
-        raise TypeError(f"score must be a score such as agent_optax.weight_magnitude, got {score!r}.")
+    check_scope(scope)
+    check_score(score)
     check_number("power", power, "it is that of the polynomial, such as 3")
     if is_concrete_number(power) and power <= 0:
         raise ValueError(f"power must be positive, got {power!r}: 1 prunes evenly, 3 is the cubic.")
@@ -167,8 +165,8 @@ class GradualPruning(Topology):
         """Prunes, then replaces."""
         targets = self._targets(layers, state, step)
         key, score_key = jax.random.split(key)
-        scores = self._scores(layers, score_key)
-        masks = self._pruned(layers, scores, targets, state.final_active, is_last=step >= self.end)
+        scores = scores_of(self.score, layers, score_key)
+        masks = pruned_masks(layers, scores, targets, state.final_active, step >= self.end, self.scope)
         if not (is_concrete_number(self.drop_fraction) and self.drop_fraction == 0):
             fraction = jnp.where(step < self.end, fraction_at(self.drop_fraction, step), 0)
             keys = jax.random.split(key, max(len(layers), 1))
@@ -190,54 +188,3 @@ class GradualPruning(Topology):
         sparsity = state.final_sparsity + (state.start_sparsity - state.final_sparsity) * remaining
         sizes = jnp.asarray([layer.mask.size for layer in layers], jnp.int32)
         return jnp.where(step >= self.end, state.final_active, tolerant_ceil((1 - sparsity) * sizes.astype(real)))
-
-    def _scores(self, layers: Sequence[Layer], key: jax.Array) -> list[jax.Array]:
-        """By which weights are kept; where groups have to fill up, inactive ones come last."""
-        scores = [self.score(layer, layer_key) for layer, layer_key in zip(layers, _keys(key, layers), strict=True)]
-        return [
-            score if layer.groups is None else jnp.where(layer.mask, score.astype(_real(score)), -jnp.inf)
-            for score, layer in zip(scores, layers, strict=True)
-        ]
-
-    def _pruned(
-        self,
-        layers: Sequence[Layer],
-        scores: Sequence[jax.Array],
-        targets: jax.Array,
-        final_active: jax.Array,
-        is_last: jax.Array,
-    ) -> list[jax.Array]:
-        """The masks of the weights of largest score; the best of each group are safe, and all that is left at last.
-
-        At last a group that has too few left is filled up: regrowth may have taken some.
-        """
-        safe = [
-            score if layer.groups is None else jnp.where(layer.groups.best(score, number), jnp.inf, score)
-            for layer, score, number in zip(layers, scores, final_active, strict=True)
-        ]
-        masks = self._largest(safe, layers, targets)
-        return [
-            mask if layer.groups is None else jnp.where(is_last, layer.groups.best(score, number, layer.mask), mask)
-            for mask, layer, score, number in zip(masks, layers, scores, final_active, strict=True)
-        ]
-
-    def _largest(self, scores: Sequence[jax.Array], layers: Sequence[Layer], targets: jax.Array) -> list[jax.Array]:
-        active = jnp.stack([num_true(layer.mask) for layer in layers])
-        masks = [layer.mask for layer in layers]
-        if self.scope == "global":
-            return select_from_all(scores, jnp.minimum(jnp.sum(targets), jnp.sum(active)), masks)
-
-        def largest(kind: None, layer: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[jax.Array, tuple[()]]:
-            del kind
-            return select(layer[0], number, layer[1]), ()
-
-        pairs = list(zip(scores, masks, strict=True))
-        return map_layers(largest, [None] * len(pairs), pairs, jnp.minimum(targets, active))[0]
-
-
-def _keys(key: jax.Array, layers: Sequence[Layer]) -> jax.Array:
-    return jax.random.split(key, max(len(layers), 1))[: len(layers)]
-
-
-def _real(scores: jax.Array) -> Any:
-    return scores.dtype if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.float32

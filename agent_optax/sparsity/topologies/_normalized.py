@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from agent_optax._tree import wide_dtype
 from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._running_score import RunningScore
+from agent_optax.sparsity.topologies._prune import check_score
 from agent_optax.sparsity.topologies._scores import Score
 
 
@@ -40,8 +41,7 @@ def normalized(score: Score) -> Score:
     References:
         Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017, equation 9.
     """
-    if not callable(score):
-        raise TypeError(f"score must be a score such as agent_optax.weight_magnitude, got {score!r}.")
+    check_score(score)
     return NormalizedRunning(score) if isinstance(score, RunningScore) else Normalized(score)
 
 
