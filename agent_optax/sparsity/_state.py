@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import DictKey, SequenceKey
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import CorrectionWrapper, StorageView
@@ -76,8 +77,25 @@ def large_total(counts: Any) -> jax.Array:
 
 def find_sparsify(opt_state: optax.OptState) -> list[SparsifyState]:
     """All sparse optimizers in a state."""
+    return [state for _, state in _with_paths(opt_state)]
 
+
+def named_sparsify(opt_state: optax.OptState) -> dict[str, SparsifyState]:
+    """All sparse optimizers in a state, by their labels in `optax.partition`; where those do not tell, by their places.
+
+    Places are those in chains and other tuples: ``"0"`` and ``"1"``, or ``"actor/0"``.
+    """
+    found = _with_paths(opt_state)
+    labels = ["/".join(str(k.key) for k in path if isinstance(k, DictKey)) for path, _ in found]
+    if len(set(labels)) < len(labels) or "" in labels:
+        places = [[k for k in path if isinstance(k, (DictKey, SequenceKey))] for path, _ in found]
+        labels = ["/".join(str(k.key if isinstance(k, DictKey) else k.idx) for k in place) for place in places]
+    return {label: state for label, (_, state) in zip(labels, found, strict=True)}
+
+
+def _with_paths(opt_state: optax.OptState) -> list[tuple[tuple[Any, ...], SparsifyState]]:
     def is_sparsify(node: Any) -> bool:
         return isinstance(node, SparsifyState)
 
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_sparsify) if is_sparsify(node)]
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_sparsify)
+    return [(path, node) for path, node in nodes if is_sparsify(node)]
