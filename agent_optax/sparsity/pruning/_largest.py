@@ -70,42 +70,73 @@ def largest_masks(
         raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}.")
     leaves, treedef = jax.tree.flatten(params)
     pruned = pruned_leaves(params, jax.tree.leaves(prunable(params, where)), pattern, axes)
+    for leaf in pruned:
+        leaves[leaf.index] = jnp.asarray(leaves[leaf.index])
     budget = _budget(who, params, pruned, sparsity, scope, distribution, allow_empty)
-    layers = [
-        (leaf.pattern, Layer(layer, jnp.ones_like(layer, dtype=bool), layer, None))
-        for leaf in pruned
-        for layer in leaf.axes.unstacked(jnp.asarray(leaves[leaf.index]))
-    ]
-    start = [pattern.units(layer).mask for pattern, layer in layers]
-
-    def of_leaves(masks: Sequence[jax.Array]) -> list[jax.Array]:
-        entries = iter(own.entries(mask, layer.mask) for (own, layer), mask in zip(layers, masks, strict=True))
-        return [
-            leaf.axes.restacked([next(entries) for _ in range(leaf.num_layers)], jnp.asarray(leaves[leaf.index]))
-            for leaf in pruned
-        ]
-
-    def one_round(masks: list[jax.Array], numbers: Any, is_last: bool) -> list[jax.Array]:
-        masked, active = list(leaves), of_leaves(masks)
-        for leaf, mask in zip(pruned, active, strict=True):
-            masked[leaf.index] = jnp.where(mask, leaves[leaf.index], jnp.zeros_like(leaves[leaf.index]))
-        seen = [
-            (leaf.pattern, Layer(layer, mask, layer, None))
-            for leaf, of_leaf in zip(pruned, active, strict=True)
-            for layer, mask in zip(leaf.axes.unstacked(masked[leaf.index]), leaf.axes.unstacked(of_leaf), strict=True)
-        ]
-        scores = scores_of(treedef.unflatten(masked), pruned, seen)
-        return _largest(budget, [pattern.units(layer) for pattern, layer in seen], scores, numbers, is_last)
-
-    masks = start
-    if rounds > 1:
-        before = jnp.asarray(budget.in_rounds(rounds), jnp.int32)
-        masks = jax.lax.fori_loop(0, rounds - 1, lambda k, masks: one_round(masks, before[k], is_last=False), masks)
-    masks = one_round(masks, budget.numbers if budget.total is None else [budget.total], is_last=True)
+    rule = _Rounds(pruned, budget, rounds, lambda leaves, layers: scores_of(treedef.unflatten(leaves), pruned, layers))
     found: list[Any] = [None] * len(leaves)
-    for leaf, mask in zip(pruned, of_leaves(masks), strict=True):
+    for leaf, mask in zip(pruned, rule.masks(leaves), strict=True):
         found[leaf.index] = mask
     return treedef.unflatten(found)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rounds:
+    """Prunes in rounds; `leaves` are those of params, and layers those of the pruned ones, with their patterns."""
+
+    pruned: Sequence[PrunedLeaf]
+    budget: Budget
+    rounds: int
+    scores_of: Callable[[Sequence[Any], Sequence[tuple[Pattern, Layer]]], list[jax.Array]]
+
+    def masks(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        """The masks of the pruned leaves."""
+        if self.rounds == 1:
+            return self._all_rounds(leaves)
+        self.scores_of(leaves, self._layers(leaves))  # for its errors: inside the loop no number is known
+        return jax.jit(self._all_rounds)(leaves)
+
+    def _all_rounds(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        budget, masks = self.budget, [pattern.units(layer).mask for pattern, layer in self._layers(leaves)]
+        if self.rounds > 1:
+            numbers = jnp.asarray(budget.in_rounds(self.rounds), jnp.int32)
+
+            def prune(k: jax.Array, masks: list[jax.Array]) -> list[jax.Array]:
+                return self._round(leaves, masks, numbers[k], is_last=False)
+
+            masks = jax.lax.fori_loop(0, self.rounds - 1, prune, masks)
+        last = budget.numbers if budget.total is None else [budget.total]
+        return self._whole(leaves, self._round(leaves, masks, last, is_last=True))
+
+    def _round(self, leaves: Sequence[Any], masks: list[jax.Array], numbers: Any, is_last: bool) -> list[jax.Array]:
+        """The units of largest score of those that the masks have left."""
+        masked, layer_masks = list(leaves), []
+        for leaf, mask in zip(self.pruned, self._whole(leaves, masks), strict=True):
+            masked[leaf.index] = jnp.where(mask, leaves[leaf.index], jnp.zeros_like(leaves[leaf.index]))
+            layer_masks += leaf.axes.unstacked(mask)
+        layers = [
+            (pattern, layer._replace(mask=mask))
+            for (pattern, layer), mask in zip(self._layers(masked), layer_masks, strict=True)
+        ]
+        units = [pattern.units(layer) for pattern, layer in layers]
+        return _largest(self.budget, units, self.scores_of(masked, layers), numbers, is_last)
+
+    def _layers(self, leaves: Sequence[Any]) -> list[tuple[Pattern, Layer]]:
+        """All active."""
+        return [  # ~zeros: laid out over devices as the weights are
+            (leaf.pattern, Layer(layer, ~jnp.zeros_like(layer, dtype=bool), layer, None))
+            for leaf in self.pruned
+            for layer in leaf.axes.unstacked(leaves[leaf.index])
+        ]
+
+    def _whole(self, leaves: Sequence[Any], masks: Sequence[jax.Array]) -> list[jax.Array]:
+        """The masks of the pruned leaves, from those of the units of each layer."""
+        layers = self._layers(leaves)
+        entries = iter(pattern.entries(mask, layer.mask) for (pattern, layer), mask in zip(layers, masks, strict=True))
+        return [
+            leaf.axes.restacked([next(entries) for _ in range(leaf.num_layers)], leaves[leaf.index])
+            for leaf in self.pruned
+        ]
 
 
 def _largest(

@@ -135,8 +135,9 @@ def _scores_of(score: NetworkScore, params: optax.Params, pruned: Sequence[Prune
         own = own.astype(wide_dtype(own.dtype) if jnp.issubdtype(own.dtype, jnp.floating) else jnp.float32)
         if not isinstance(own, Tracer) and not bool(jnp.all(jnp.isfinite(own))):
             raise ValueError(
-                f"the scores of {leaf.name or 'the parameter'} are not all finite: they overflow, or a weight is not "
-                "finite. In deep networks compute them in double precision, under jax.enable_x64(True)."
+                f"the scores of {leaf.name or 'the parameter'} are not all finite: they overflow or divide by zero, "
+                "or a weight is not finite. In deep networks compute them in double precision, under "
+                "jax.enable_x64(True)."
             )
         scores.append(own)
     return scores

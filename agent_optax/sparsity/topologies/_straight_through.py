@@ -146,7 +146,7 @@ class StraightThrough(LatentTopology):
     ) -> tuple[list[jax.Array], jax.Array]:
         """The largest of all positions."""
         del step
-        layers = [layer._replace(mask=jnp.ones_like(layer.mask)) for layer in layers]
+        layers = [layer._replace(mask=~jnp.zeros_like(layer.mask)) for layer in layers]
         scores = scores_of(self.score, layers, key)
         return pruned_masks(layers, scores, state, state, True, self.scope), state
 
