@@ -105,7 +105,7 @@ def test_random_masks_of_weights_that_all_positions_keep(x64):
     tx = agent_optax.sparsify(
         optax.sgd(RATE), agent_optax.straight_through(agent_optax.at_random, update_every=2, stop=7), sparsity=SPARSITY
     )
-    theta, masks = START, None
+    theta, masks, num_grown = START, None, 0
     for step, (params, opt_state) in enumerate(run(tx), start=1):
         before, masks = masks or largest_of_all_at_the_start(tx), agent_optax.active_masks(opt_state, params)
         grads = gradient(masked(before, theta), BATCHES[step - 1])
@@ -114,6 +114,8 @@ def test_random_masks_of_weights_that_all_positions_keep(x64):
         num_kept = sum(int(np.sum(masks[n] & before[n])) for n in SHAPES)
         assert sum(int(mask.sum()) for mask in masks.values()) == 90
         assert num_kept < 60 if step in (2, 4, 6) else num_kept == 90
+        num_grown = 90 - num_kept if step in (2, 4, 6) else num_grown  # of the last choice
+        assert opt_state.num_grown == opt_state.num_dropped == num_grown
         assert opt_state.num_topology_updates == min(step // 2, 3)
 
 

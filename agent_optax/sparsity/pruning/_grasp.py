@@ -40,8 +40,7 @@ def grasp(loss_fn: Callable[[optax.Params, Any], jax.Array], batch: Any, where: 
         8
 
     References:
-        Wang, Zhang and Grosse, Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020,
-        equations 8 and 9.
+        Wang, Zhang and Grosse, Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.
     """
 
     def score(params: optax.Params) -> Any:

@@ -36,8 +36,8 @@ def snip(loss_fn: Callable[[optax.Params, Any], jax.Array], batch: Any) -> Netwo
         >>> tx = agent_optax.sparsify(optax.sgd(0.1), agent_optax.static(), masks=masks)
 
     References:
-        Lee, Ajanthan and Torr, SNIP: Single-Shot Network Pruning Based on Connection Sensitivity, ICLR 2019, equation
-        6; de Jorge et al., Progressive Skeletonization, ICLR 2021, for the rounds.
+        Lee, Ajanthan and Torr, SNIP: Single-Shot Network Pruning Based on Connection Sensitivity, ICLR 2019, section
+        4.1; de Jorge et al., Progressive Skeletonization, ICLR 2021, for the rounds.
     """
 
     def score(params: optax.Params) -> Any:

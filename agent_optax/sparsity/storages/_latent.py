@@ -13,12 +13,13 @@ import optax
 from agent_optax._tree import all_finite, conform, is_masked
 from agent_optax.correction._find import find_corrections
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
-from agent_optax.sparsity._rewiring import num_nonzero_inactive
+from agent_optax.sparsity._rewiring import num_nonzero_inactive, when
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
 from agent_optax.sparsity._state import SparsifyState, apply_masks, large_total, total
 from agent_optax.sparsity._storage import ActiveWeights, Storage
 from agent_optax.sparsity._topology import Topology
+from agent_optax.sparsity.selection._top_k import num_true
 
 
 class _LatentFields(NamedTuple):
@@ -92,8 +93,7 @@ class Reconnected(NamedTuple):
     connected: list[jax.Array]
     survivors: list[jax.Array]  # of those connected before the step; others may be connected again at once
     weights: list[jax.Array]  # of all positions: new ones may start elsewhere
-    num_made: jax.Array  # int32 []: 1 if it was a topology update
-    num_skipped: jax.Array  # int32 []: 1 if it would have been one
+    is_due: jax.Array  # bool []: whether it was a topology update, or would have been with finite numbers
 
 
 class LatentTopology(Topology):
@@ -229,7 +229,14 @@ class Latent(Storage):
             latents[i] = jnp.where(usable, jnp.where(in_network, 0, new), latents[i])
             masks[i] = after.connected[k]
         masks = structure.unflatten(masks)
-        pairs = list(zip(after.connected, before, strict=True))
+
+        def count(_: list[jax.Array]) -> list[jax.Array]:
+            pairs = list(zip(after.connected, before, strict=True))
+            dropped, grown = [num_true(old & ~new) for new, old in pairs], [num_true(new & ~old) for new, old in pairs]
+            return [total(dropped), total(grown), num_nonzero_inactive(connected, params)]
+
+        counts = [state.num_dropped, state.num_grown, state.num_nonzero_inactive]
+        num_dropped, num_grown, num_nonzero = when(after.is_due, count, counts)
         return structure.unflatten(updates), state._replace(
             inner_state=inner_state,
             active_weights=active._replace(
@@ -238,11 +245,11 @@ class Latent(Storage):
                 ever_active=jax.tree.map(jnp.logical_or, active.ever_active, masks),
             ),
             topology_key=jax.random.key_data(next_key),
-            num_dropped=total([jnp.sum(old & ~new, dtype=jnp.int32) for new, old in pairs]),
-            num_grown=total([jnp.sum(new & ~old, dtype=jnp.int32) for new, old in pairs]),
-            num_nonzero_inactive=num_nonzero_inactive(connected, params),
-            num_topology_updates=state.num_topology_updates + after.num_made,
-            num_skipped_updates=state.num_skipped_updates + after.num_skipped,
+            num_dropped=num_dropped,
+            num_grown=num_grown,
+            num_nonzero_inactive=num_nonzero,
+            num_topology_updates=state.num_topology_updates + (after.is_due & usable).astype(jnp.int32),
+            num_skipped_updates=state.num_skipped_updates + (after.is_due & ~usable).astype(jnp.int32),
         )
 
 

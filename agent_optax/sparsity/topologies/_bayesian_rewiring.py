@@ -165,8 +165,7 @@ class BayesianRewiring(LatentTopology):
             jnp.where(new & ~old, s * max(self.new_weight, float(jnp.finfo(v.dtype).smallest_normal)), v)
             for new, old, v, s in zip(connected, survivors, latent.weights, signs, strict=True)
         ]
-        made = usable.astype(jnp.int32)
-        return Reconnected(connected, survivors, weights, made, 1 - made)
+        return Reconnected(connected, survivors, weights, self.is_due(state.topology_step))
 
     def grown(self, connected: Sequence[jax.Array], num_missing: jax.Array, key: jax.Array) -> list[jax.Array]:
         """Masks of new connections, `num_missing` in all, or fewer when a layer that was drawn is full."""

@@ -39,7 +39,7 @@ def normalized(score: Score) -> Score:
         >>> tx = agent_optax.sparsify(optax.sgd(0.1), topology, sparsity=0.9)
 
     References:
-        Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017, equation 9.
+        Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017.
     """
     check_score(score)
     return NormalizedRunning(score) if isinstance(score, RunningScore) else Normalized(score)

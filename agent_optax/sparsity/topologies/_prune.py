@@ -49,6 +49,8 @@ def pruned_masks(
     The best of each group are safe, and all that is left at last. At last a group that has too few left is filled up:
     regrowth may have taken some.
     """
+    if not layers:
+        return []
     safe = [
         score if layer.groups is None else jnp.where(layer.groups.best(score, number), jnp.inf, score)
         for layer, score, number in zip(layers, scores, final_active, strict=True)

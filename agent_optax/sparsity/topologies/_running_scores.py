@@ -36,7 +36,7 @@ def movement() -> Movement:
         >>> tx = agent_optax.sparsify(optax.adamw(1e-5), topology, sparsity=0.85)
 
     References:
-        Sanh, Wolf and Rush, Movement Pruning: Adaptive Sparsity by Fine-Tuning, NeurIPS 2020, equation 3.
+        Sanh, Wolf and Rush, Movement Pruning: Adaptive Sparsity by Fine-Tuning, NeurIPS 2020.
     """
     return Movement()
 
@@ -84,8 +84,8 @@ def fisher(decay: float = 0.999) -> Fisher:
         >>> tx = agent_optax.sparsify(optax.adamw(1e-4), topology, sparsity=0.9)
 
     References:
-        Theis et al., Faster Gaze Prediction With Dense Networks and Fisher Pruning, 2018, equation 10; Kingma and Ba,
-        Adam, ICLR 2015.
+        Theis et al., Faster Gaze Prediction With Dense Networks and Fisher Pruning, 2018; Kingma and Ba, Adam, ICLR
+        2015, for the running mean.
     """
     check_fraction("decay", decay, "it is that of a running mean, such as 0.999", below_one=True)
     return Fisher(decay)

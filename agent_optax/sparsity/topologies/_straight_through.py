@@ -71,7 +71,7 @@ def straight_through(
         >>> tx = agent_optax.sparsify(optax.sgd(0.1, momentum=0.9), sr_ste, pattern=agent_optax.n_m(2, 4))
 
     References:
-        Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks from Scratch, ICLR 2021, equation 9
+        Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks from Scratch, ICLR 2021
         (SR-STE); Bengio, Léonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013;
         Wortsman, Farhadi and Rastegari, Discovering Neural Wirings, NeurIPS 2019.
     """
@@ -170,5 +170,4 @@ class StraightThrough(LatentTopology):
 
         connected = when(due & latent.is_usable, choose, latent.connected)
         survivors = [new & old for new, old in zip(connected, latent.connected, strict=True)]
-        made, skipped = (due & usable for usable in (latent.is_usable, ~latent.is_usable))
-        return Reconnected(connected, survivors, latent.weights, made.astype(jnp.int32), skipped.astype(jnp.int32))
+        return Reconnected(connected, survivors, latent.weights, due)
