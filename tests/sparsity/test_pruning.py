@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import jit
 
 import agent_optax
 
@@ -57,16 +58,20 @@ def test_snip(x64):
     kernels = kernels_of(PARAMS)
     scores = [np.abs(w * g) for w, g in zip(kernels, gradient(kernels), strict=True)]
     score = agent_optax.snip(loss, BATCH)
-    for mine, own in zip(kernels_of(score(PARAMS)), scores, strict=True):
+
+    @jit
+    def found(params: Any) -> Any:
+        by_layer = agent_optax.score_masks(score, params, 0.75, scope="layer", distribution=agent_optax.uniform)
+        in_blocks = agent_optax.score_masks(score, params, 0.5, pattern=agent_optax.blocks((2, 4)))
+        return score(params), agent_optax.score_masks(score, params, 0.75), by_layer, in_blocks
+
+    own_scores, of_all, by_layer, in_blocks = found(PARAMS)
+    for mine, own in zip(kernels_of(own_scores), scores, strict=True):
         np.testing.assert_allclose(mine, own, rtol=1e-10)
-    assert_masks(agent_optax.score_masks(score, PARAMS, 0.75), largest(scores, 20))
-    assert_masks(
-        agent_optax.score_masks(score, PARAMS, 0.75, scope="layer", distribution=agent_optax.uniform),
-        [largest([s], s.size // 4)[0] for s in scores],
-    )
+    assert_masks(of_all, largest(scores, 20))
+    assert_masks(by_layer, [largest([s], s.size // 4)[0] for s in scores])
     means = [s.reshape(s.shape[0] // 2, 2, s.shape[1] // 4, 4).mean((1, 3)) for s in scores]
-    blocks = [np.kron(mask, np.ones((2, 4), bool)) for mask in largest(means, 5)]
-    assert_masks(agent_optax.score_masks(score, PARAMS, 0.5, pattern=agent_optax.blocks((2, 4))), blocks)
+    assert_masks(in_blocks, [np.kron(mask, np.ones((2, 4), bool)) for mask in largest(means, 5)])
 
 
 def test_grasp(x64):
@@ -103,7 +108,7 @@ def test_synflow_in_rounds(x64):
     score = agent_optax.synflow(network, BATCH[0][:1])
     for mine, own in zip(kernels_of(score(PARAMS)), synflow(kernels), strict=True):
         np.testing.assert_allclose(mine, own, rtol=1e-10)
-    found = jax.jit(lambda params: agent_optax.score_masks(score, params, 0.9, rounds=rounds))(PARAMS)
+    found = jit(lambda params: agent_optax.score_masks(score, params, 0.9, rounds=rounds))(PARAMS)
     assert_masks(found, masks)
     assert sum(mask.sum() for mask in masks) == 8
     at_once = agent_optax.score_masks(score, PARAMS, 0.9)
