@@ -37,7 +37,8 @@ def diagnostics(opt_state: optax.OptState, params: optax.Params | None = None) -
         did not start from `mask_params`, or that something outside `sparsify` changes its updates;
         ``num_topology_updates`` and ``num_skipped_updates``. With several `sparsify`, for parts of the parameters,
         these are those of all weights together, and numbers are summed; beside them each part has its own, under its
-        label in `optax.partition`, ``"actor/sparsity"``, or under its place in a chain, ``"0/sparsity"``.
+        label in `optax.partition`, ``"actor/sparsity"``, or under its place where that does not tell them apart, such
+        as ``"0/sparsity"`` in a chain.
 
     Raises:
         ValueError: if `opt_state` holds neither.

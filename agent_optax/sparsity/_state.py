@@ -11,6 +11,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import CorrectionWrapper, StorageView
+from agent_optax.sparsity._leaf_names import path_name
 
 
 class _SparsifyFields(NamedTuple):
@@ -81,16 +82,17 @@ def find_sparsify(opt_state: optax.OptState) -> list[SparsifyState]:
 
 
 def named_sparsify(opt_state: optax.OptState) -> dict[str, SparsifyState]:
-    """All sparse optimizers in a state, by their labels in `optax.partition`; where those do not tell, by their places.
+    """All sparse optimizers in a state, by as short a name as tells them apart.
 
-    Places are those in chains and other tuples: ``"0"`` and ``"1"``, or ``"actor/0"``.
+    That is the label in `optax.partition`, ``"actor"``, or with places in chains and other tuples, ``"actor/0"``, or
+    the whole path with the names of fields.
     """
-    found = _with_paths(opt_state)
-    labels = ["/".join(str(k.key) for k in path if isinstance(k, DictKey)) for path, _ in found]
-    if len(set(labels)) < len(labels) or "" in labels:
-        places = [[k for k in path if isinstance(k, (DictKey, SequenceKey))] for path, _ in found]
-        labels = ["/".join(str(k.key if isinstance(k, DictKey) else k.idx) for k in place) for place in places]
-    return {label: state for label, (_, state) in zip(labels, found, strict=True)}
+    found, names = _with_paths(opt_state), list[str]()
+    for kinds in ((DictKey,), (DictKey, SequenceKey), (object,)):
+        names = [path_name(tuple(key for key in path if isinstance(key, kinds))) for path, _ in found]
+        if len(set(names)) == len(names) and "" not in names:
+            break
+    return {name: state for name, (_, state) in zip(names, found, strict=True)}
 
 
 def _with_paths(opt_state: optax.OptState) -> list[tuple[tuple[Any, ...], SparsifyState]]:

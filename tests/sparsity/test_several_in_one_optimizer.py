@@ -1,6 +1,6 @@
 """Several sparse optimizers in one, for parts of the parameters: each its own topology, and totals over all."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,3 +69,15 @@ def test_one_alone_has_no_name() -> None:
     )
     report = agent_optax.diagnostics(tx.init({"a": jnp.ones((4, 4)), "b": jnp.ones(4)}))
     assert set(report) == {"sparsity", "exploration_rate", *COUNTED}
+
+
+class Agent(NamedTuple):
+    actor: Any
+    critic: Any
+
+
+def test_states_side_by_side_have_the_names_of_their_fields() -> None:
+    tx = sparse(agent_optax.static(), 0.5)
+    report = agent_optax.diagnostics(Agent(tx.init(jnp.ones((4, 4))), tx.init(jnp.ones((2, 4)))))
+    assert {name.split("/")[0] for name in report if "/" in name} == {"actor", "critic"}
+    assert float(report["sparsity"]) == 0.5
