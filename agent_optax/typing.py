@@ -1,7 +1,7 @@
 """The protocols of which the library is made: write a memory, coefficient, topology, pattern or storage of your own.
 
 Each takes one file and no change of another. `Memory` and `Coefficient` are protocols; `MemoryState`,
-`CoefficientState`, `Topology`, `Pattern`, `Storage` and `ActiveWeights` are base classes whose methods have defaults.
+`CoefficientState`, `Topology`, `RunningScore`, `Pattern`, `Storage` and `ActiveWeights` are base classes.
 """
 
 from agent_optax._estimate import Estimate
@@ -12,6 +12,7 @@ from agent_optax.sparsity._groups import Groups
 from agent_optax.sparsity._layer import Layer, Target
 from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._running_score import RunningScore
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._start import Start
 from agent_optax.sparsity._storage import ActiveWeights, Storage
@@ -30,6 +31,7 @@ __all__ = [
     "Pattern",
     "PrunedLeaf",
     "Recalled",
+    "RunningScore",
     "SparseOptimizer",
     "Start",
     "Storage",

@@ -249,6 +249,18 @@ TOPOLOGIES = {
     "granet": lambda drop_fraction: agent_optax.gradual_pruning(
         NUM_STEPS, UPDATE_EVERY, drop_fraction=drop_fraction, scope="global"
     ),
+    "fisher": lambda drop_fraction: agent_optax.drop_and_grow(
+        agent_optax.fisher(), update_every=UPDATE_EVERY, drop_fraction=drop_fraction
+    ),
+    "normalized-movement": lambda drop_fraction: agent_optax.gradual_pruning(
+        NUM_STEPS,
+        UPDATE_EVERY,
+        drop_fraction=drop_fraction,
+        scope="global",
+        score=agent_optax.normalized(agent_optax.movement()),
+    ),
+    "ac_dc": lambda drop_fraction: agent_optax.ac_dc(range(1, NUM_STEPS)),
+    "straight_through": lambda drop_fraction: agent_optax.straight_through(decay=0.01),
     "bayesian_rewiring": lambda drop_fraction: agent_optax.bayesian_rewiring(LEARNING_RATE, steps_per_epoch=NUM_STEPS),
 }
 
@@ -281,9 +293,17 @@ PRODUCTS = [
         ("snfs", "drop_and_grow", "gradual_pruning", "granet", "bayesian_rewiring"),
         ("momentum", "agent"),
     ),
+    Product("sparsify", {}, ("fisher", "normalized-movement"), ("momentum",)),
+    Product("sparsify", {}, ("ac_dc",), ("momentum",)),
+    Product("sparsify", {}, ("straight_through",), ("momentum", "agent", "storm", "schedule_free")),
     Product("sparsify", {}, ("bayesian_rewiring",), ("adam", "storm", "saga")),
-    Product("sparsify-compact", COMPACT, ("drop_and_grow",), ("momentum",)),
-    Product("sparsify-n_m", {"pattern": agent_optax.n_m(2, 4)}, ("static", "rigl", "granet"), ("momentum",)),
+    Product("sparsify-compact", COMPACT, ("drop_and_grow", "fisher"), ("momentum",)),
+    Product(
+        "sparsify-n_m",
+        {"pattern": agent_optax.n_m(2, 4)},
+        ("static", "rigl", "granet", "ac_dc", "straight_through"),
+        ("momentum",),
+    ),
     Product("sparsify-blocks", {"pattern": agent_optax.blocks((2, 3))}, ("set_", "rigl", "snfs"), ("momentum",)),
     Product("sparsify-channels", {"pattern": agent_optax.output_channels()}, ("rigl",), ("momentum",)),
     Product("sparsify-compact-n_m", {**COMPACT, "pattern": agent_optax.n_m(2, 4)}, ("set_",), ("momentum",)),
@@ -348,6 +368,8 @@ TYPICAL_CASES: dict[str, Case] = {
         "sparsify-rigl-saga",
         "sparsify-snfs-momentum",
         "sparsify-granet-momentum",
+        "sparsify-normalized-movement-momentum",
+        "sparsify-straight_through-agent",
         "sparsify-bayesian_rewiring-agent",
         "sparsify-n_m-rigl-momentum",
         "sparsify-blocks-rigl-momentum",

@@ -477,6 +477,88 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         ValueError,
         ("holds no sparse optimizer", "agent_optax.sparsify(inner, topology, ...)"),
     ),
+    "a statistic by which to grow": (
+        lambda: agent_optax.drop_and_grow(grow=agent_optax.movement()),
+        TypeError,
+        ("grow must be a score of the step alone", "pass it as drop="),
+    ),
+    "a score without its statistic": (
+        lambda: update(
+            sparsify(optax.sgd(0.1), agent_optax.drop_and_grow(grow=agent_optax.fisher().__call__), sparsity=0.5),
+            PARAMS,
+        ),
+        ValueError,
+        ("a score that keeps a statistic", "gradual_pruning(score=)"),
+    ),
+    "decay of fisher": (lambda: agent_optax.fisher(1.0), ValueError, ("decay must lie in [0, 1), got 1.0",)),
+    "power": (lambda: agent_optax.gradual_pruning(900, power=0), ValueError, ("power must be positive, got 0",)),
+    "a score for pruning": (
+        lambda: agent_optax.gradual_pruning(900, score="movement"),
+        TypeError,
+        ("score must be a score such as agent_optax.weight_magnitude, got 'movement'",),
+    ),
+    "phases that end dense": (
+        lambda: agent_optax.ac_dc([100, 150]),
+        ValueError,
+        ("switches must be an odd number of ascending steps, got [100, 150]",),
+    ),
+    "phases in disorder": (lambda: agent_optax.ac_dc([3, 2, 4]), ValueError, ("got [3, 2, 4]", "[100, 150, 200]")),
+    "a phase before the start": (lambda: agent_optax.ac_dc([0]), ValueError, ("a step in switches", "got 0")),
+    "a statistic straight through": (
+        lambda: agent_optax.straight_through(agent_optax.fisher()),
+        TypeError,
+        ("Fisher(decay=0.999) keeps a statistic: use gradual_pruning",),
+    ),
+    "decay straight through": (
+        lambda: agent_optax.straight_through(decay=-1e-4),
+        ValueError,
+        ("decay must not be negative, got -0.0001",),
+    ),
+    "corrected growth straight through": (
+        lambda: sparse(topology=agent_optax.straight_through(), grow_by="corrected"),
+        ValueError,
+        ("by weights that all positions keep: use grow_by='raw'",),
+    ),
+    "compact storage straight through": (
+        lambda: sparse(topology=agent_optax.straight_through(), storage="compact"),
+        ValueError,
+        ("keeps weights in whole arrays", "use storage='dense', got 'compact'"),
+    ),
+    "what to normalize": (
+        lambda: agent_optax.normalized("l2"),
+        TypeError,
+        ("score must be a score such as agent_optax.weight_magnitude, got 'l2'",),
+    ),
+    "a score that is a tree": (
+        lambda: agent_optax.score_masks(PARAMS, PARAMS, 0.5),
+        TypeError,
+        ("score must be a function of params", "agent_optax.snip(loss_fn, batch)"),
+    ),
+    "no round": (
+        lambda: agent_optax.score_masks(lambda params: params, PARAMS, 0.5, rounds=0),
+        ValueError,
+        ("rounds must be a whole number of at least 1, got 0",),
+    ),
+    "a leaf without scores": (
+        lambda: agent_optax.score_masks(agent_optax.wanda({}), PARAMS, 0.5),
+        ValueError,
+        ("an array of the shape [4, 4] for dense/kernel, got None", "where=agent_optax.named(...)"),
+    ),
+    "scores that overflow": (
+        lambda: agent_optax.score_masks(lambda params: jax.tree.map(lambda p: p / 0, params), PARAMS, 0.5),
+        ValueError,
+        ("the scores of dense/kernel are not all finite", "jax.enable_x64(True)"),
+    ),
+    "activations of another shape": (
+        lambda: agent_optax.score_masks(agent_optax.wanda({"dense": {"kernel": jnp.ones((9, 3))}}), PARAMS, 0.5),
+        ValueError,
+        ("activations of the shape [..., 4] for dense/kernel", "got [9, 3]", "axes= says"),
+    ),
+    "masks of different shapes": (
+        lambda: agent_optax.mask_overlap([jnp.ones((2, 3), bool)], [jnp.ones((3, 2), bool)]),
+        ValueError,
+        ("masks must have equal shapes, got (2, 3) in a and (3, 2) in b",),
+    ),
     "diagnostics": (
         lambda: agent_optax.diagnostics(optax.sgd(0.1).init(PARAMS)),
         ValueError,

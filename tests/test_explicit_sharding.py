@@ -118,3 +118,16 @@ else:
             opt_state = jax.jit(tx.init)(params)
             program = jax.jit(tx.update).lower(params, opt_state, params).compile().as_text()
         assert not re.search(GATHERS, program)
+
+    def test_masks_of_a_network_lie_where_it_does(mesh: jax.sharding.Mesh) -> None:
+        """In rounds, whose loop keeps its types, and of groups."""
+        magnitude = lambda params: jax.tree.map(jax.numpy.abs, params)  # noqa: E731
+        by_layer = {"scope": "layer", "pattern": agent_optax.fan_in()}
+        params = {"kernel": jax.random.normal(jax.random.key(0), (32, 6))}
+        expected = [agent_optax.score_masks(magnitude, params, 0.75, rounds=3, **o) for o in ({}, by_layer)]
+        with eight_devices.set_mesh(mesh):
+            rows = jax.device_put(params, NamedSharding(mesh, PartitionSpec("x", None)))
+            for masks, options in zip(expected, ({}, by_layer), strict=True):
+                found = agent_optax.score_masks(magnitude, rows, 0.75, rounds=3, **options)
+                assert jax.typeof(found["kernel"]).sharding == jax.typeof(rows["kernel"]).sharding
+                chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(masks))

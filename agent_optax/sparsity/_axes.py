@@ -157,7 +157,7 @@ class Axes:
 
 def with_arrays(function: Callable[[jax.Array], jax.Array], layer: Layer) -> Layer:
     """The layer with `function` of each of its arrays."""
-    arrays = ("weights", "mask", "grads", "ever_active", "momentum")
+    arrays = ("weights", "mask", "grads", "ever_active", "momentum", "statistic")
     return layer._replace(
         **{name: function(x) for name in arrays if (x := getattr(layer, name)) is not None},
     )

@@ -17,6 +17,7 @@ class Layer(NamedTuple):
     grads: jax.Array  # the dense gradient by which to grow
     ever_active: jax.Array | None  # bool: active at any time so far
     momentum: jax.Array | None = None  # moving average of the dense gradients, if the topology keeps one
+    statistic: jax.Array | None = None  # what a running score keeps for each weight; the mean of it over a block
     groups: Groups | None = None  # what keeps the pattern, if it fixes the number of active entries of some
     count: int | None = None  # of active entries, where the storage fixes it
 

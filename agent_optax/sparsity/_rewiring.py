@@ -19,6 +19,7 @@ from agent_optax.sparsity._pattern import Pattern
 from agent_optax.sparsity._pruned_leaf import PrunedLeaf
 from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
 from agent_optax.sparsity._state import SparsifyState, total
+from agent_optax.sparsity._topology import Topology
 
 Carry = TypeVar("Carry")
 
@@ -71,11 +72,16 @@ def rewired(
     topology, step = optimizer.topology, state.topology_step
     next_key, key = jax.random.split(jax.random.wrap_key_data(state.topology_key))
     momenta = topology.momenta(state.topology_state, len(stored))
+    statistics = topology.statistics(state.topology_state, len(stored))
+    kept = list(zip(momenta, statistics, strict=True))
     kinds = [(leaf.pattern, leaf.axes) for leaf in pruned]
 
-    def rewire_leaf(kind: tuple[Pattern, Axes], stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
+    def see(stored: Any, kept: tuple[Any, Any]) -> Layer:
+        return storage.see(stored)._replace(momentum=kept[0], statistic=kept[1])
+
+    def rewire_leaf(kind: tuple[Pattern, Axes], stored: Any, kept: Any, key: jax.Array) -> tuple[Any, Changes]:
         pattern, axes = kind
-        leaf = storage.see(stored)._replace(momentum=momentum)
+        leaf = see(stored, kept)
 
         def new_mask(layer: Layer, key: jax.Array) -> jax.Array:
             return pattern.entries(topology.rewire_layer(pattern.units(layer), step, key), layer.mask)
@@ -83,8 +89,8 @@ def rewired(
         changed, changes = storage.change(stored, leaf, axes.on_each_layer(new_mask, leaf, key, leaf.mask))
         return changed, changes._replace(num_grown=changes.num_dropped) if topology.keeps_counts else changes
 
-    def keep_leaf(stored: Any, momentum: Any, key: jax.Array) -> tuple[Any, Changes]:
-        del momentum, key
+    def keep_leaf(stored: Any, kept: Any, key: jax.Array) -> tuple[Any, Changes]:
+        del kept, key
         zero = zero_like(stored, jnp.int32)
         return storage.keep(stored), Changes(zero, zero)
 
@@ -96,24 +102,11 @@ def rewired(
     if topology.is_layerwise:
         due = optimizer.layers_due(step, len(stored)) & usable
         keys = jax.random.split(key, max(len(stored), 1))
-        changed, changes = map_layers(change_leaf, kinds, list(zip(stored, momenta, strict=True)), due, keys)
+        changed, changes = map_layers(change_leaf, kinds, list(zip(stored, kept, strict=True)), due, keys)
     else:
-        leaves = [storage.see(s)._replace(momentum=m) for s, m in zip(stored, momenta, strict=True)]
-        layers = [
-            [(pattern, layer) for layer in axes.unstacked_layers(leaf)]
-            for (pattern, axes), leaf in zip(kinds, leaves, strict=True)
-        ]
-        flat = [pair for of_leaf in layers for pair in of_leaf]
-        units = [pattern.units(layer) for pattern, layer in flat]
-        masks, topology_state = topology.rewire(units, state.topology_state, step, key)
-        new_masks = iter(
-            pattern.entries(jnp.where(usable, new, unit.mask), layer.mask)
-            for new, unit, (pattern, layer) in zip(masks, units, flat, strict=True)
-        )
-        both = [
-            storage.change(s, leaf, axes.restacked([next(new_masks) for _ in of_leaf], leaf.mask))
-            for s, leaf, (_, axes), of_leaf in zip(stored, leaves, kinds, layers, strict=True)
-        ]
+        leaves = [see(s, k) for s, k in zip(stored, kept, strict=True)]
+        masks, topology_state = rewired_masks(topology, pruned, leaves, state.topology_state, step, key, usable)
+        both = [storage.change(*each) for each in zip(stored, leaves, masks, strict=True)]
         changed = [new for new, _ in both]
         changes = jax.tree.map(lambda *counts: total(counts), *(counts for _, counts in both)) if both else None
         state = state._replace(
@@ -128,6 +121,34 @@ def rewired(
         num_topology_updates=state.num_topology_updates + made,
         num_skipped_updates=state.num_skipped_updates + (1 - made),
     )
+
+
+def rewired_masks(
+    topology: Topology,
+    pruned: Sequence[PrunedLeaf],
+    leaves: Sequence[Layer],
+    topology_state: Any,
+    step: jax.Array,
+    key: jax.Array,
+    usable: jax.Array | bool = True,
+) -> tuple[list[jax.Array], Any]:
+    """The new mask of each leaf, and the new state, of a topology that needs all layers at once."""
+    layers = [
+        [(leaf.pattern, layer) for layer in leaf.axes.unstacked_layers(whole)]
+        for leaf, whole in zip(pruned, leaves, strict=True)
+    ]
+    flat = [pair for of_leaf in layers for pair in of_leaf]
+    units = [pattern.units(layer) for pattern, layer in flat]
+    masks, topology_state = topology.rewire(units, topology_state, step, key)
+    new_masks = iter(
+        pattern.entries(jnp.where(usable, new, unit.mask), layer.mask)
+        for new, unit, (pattern, layer) in zip(masks, units, flat, strict=True)
+    )
+    whole_masks = [
+        leaf.axes.restacked([next(new_masks) for _ in of_leaf], whole.mask)
+        for leaf, whole, of_leaf in zip(pruned, leaves, layers, strict=True)
+    ]
+    return whole_masks, topology_state
 
 
 def all_finite(*trees: Any) -> jax.Array:

@@ -64,7 +64,7 @@ def sparsify(
     Args:
         inner: any Optax optimizer.
         topology: `static()`, `set_()`, `rigl()`, `set_itop()`, `rigl_itop()`, `snfs()`, `drop_and_grow()`,
-            `gradual_pruning()` or `bayesian_rewiring()`.
+            `gradual_pruning()`, `ac_dc()`, `straight_through()` or `bayesian_rewiring()`.
         sparsity: the share of inactive weights over all pruned leaves, in [0, 1). Or one for each leaf: a tree like
             params with None where nothing is pruned, or a function of the leaf's path such as ``"Dense_0/kernel"``;
             `distribution` is not used then.
@@ -81,7 +81,8 @@ def sparsify(
             corrected until the next. Or a `agent_optax.typing.Storage`.
         key: seeds the start masks and random growth; an int or a JAX random key.
         masks: start masks instead of random ones (a lottery ticket): a boolean tree like params, None where nothing
-            is pruned. `sparsity`, `distribution` and `where` are not used then (`gradual_pruning` ends at `sparsity`).
+            is pruned. `sparsity`, `distribution` and `where` are not used then (`gradual_pruning` and
+            `ac_dc` end at `sparsity`).
         pattern: which masks are allowed: `n_m(2, 4)`, `fan_in()`, `blocks((4, 4))`, `output_channels()`, or a callable
             on the leaf's path that gives one of these, or None for any. Default None: unstructured.
         axes: a callable on the name and shape of each leaf, ``axes(name, shape) -> Axes``, or None for the default,
@@ -215,7 +216,8 @@ def sparsify(
         others: tuple[tuple[str, Any], ...],
     ) -> tuple[optax.Updates, SparsifyState]:
         state = state._replace(topology_step=state.topology_step + 1)
-        state = state._replace(topology_state=topology.observe(state.topology_state, jax.lax.stop_gradient(grads)))
+        observed = topology.observe(state.topology_state, *jax.lax.stop_gradient((grads, params)))
+        state = state._replace(topology_state=observed)
         return storing.update(optimizer, grads, state, params, {**numeric, **dict(others)})
 
     compiled_step = jax.jit(take_step, static_argnums=4)  # outside any jit, loops would compile anew at each step

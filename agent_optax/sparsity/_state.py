@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import DictKey, SequenceKey
 
 from agent_optax._tree import is_masked
 from agent_optax.correction._find import CorrectionWrapper, StorageView
+from agent_optax.sparsity._leaf_names import path_name
 
 
 class _SparsifyFields(NamedTuple):
@@ -76,8 +78,26 @@ def large_total(counts: Any) -> jax.Array:
 
 def find_sparsify(opt_state: optax.OptState) -> list[SparsifyState]:
     """All sparse optimizers in a state."""
+    return [state for _, state in _with_paths(opt_state)]
 
+
+def named_sparsify(opt_state: optax.OptState) -> dict[str, SparsifyState]:
+    """All sparse optimizers in a state, by as short a name as tells them apart.
+
+    That is the label in `optax.partition`, ``"actor"``, or with places in chains and other tuples, ``"actor/0"``, or
+    the whole path with the names of fields.
+    """
+    found, names = _with_paths(opt_state), list[str]()
+    for kinds in ((DictKey,), (DictKey, SequenceKey), (object,)):
+        names = [path_name(tuple(key for key in path if isinstance(key, kinds))) for path, _ in found]
+        if len(set(names)) == len(names) and "" not in names:
+            break
+    return {name: state for name, (_, state) in zip(names, found, strict=True)}
+
+
+def _with_paths(opt_state: optax.OptState) -> list[tuple[tuple[Any, ...], SparsifyState]]:
     def is_sparsify(node: Any) -> bool:
         return isinstance(node, SparsifyState)
 
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_sparsify) if is_sparsify(node)]
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_sparsify)
+    return [(path, node) for path, node in nodes if is_sparsify(node)]

@@ -36,13 +36,18 @@ class Topology:
         del params, masks, targets
         return ()
 
-    def observe(self, state: Any, grads: optax.Updates) -> Any:
-        """The state after the dense gradients of a step."""
-        del grads
+    def observe(self, state: Any, grads: optax.Updates, params: optax.Params) -> Any:
+        """The state after the dense gradients of a step, taken at these parameters."""
+        del grads, params
         return state
 
     def momenta(self, state: Any, num_layers: int) -> list[jax.Array | None]:
         """The moving average of the dense gradients of each layer, if the state keeps one."""
+        del state
+        return [None] * num_layers
+
+    def statistics(self, state: Any, num_layers: int) -> list[jax.Array | None]:
+        """What a `RunningScore` keeps of each leaf, if the state holds it."""
         del state
         return [None] * num_layers
 

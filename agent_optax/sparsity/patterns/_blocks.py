@@ -30,6 +30,14 @@ def root_mean_square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(wide), axes))
 
 
+def mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean, whatever the signs."""
+    return jnp.mean(x, axes)
+
+
+BY_SIZE: dict[Reduce, float] = {root_mean_square: 0.5, mean: 1.0}  # the power of the block's size by which each divides
+
+
 def blocks(
     shape: tuple[int, ...],
     reduce_weights: Reduce = root_mean_square,
@@ -197,6 +205,7 @@ class Blocks(Pattern):
             grads=self._pooled(self.reduce_grads, layer.grads),
             ever_active=self._pooled(jnp.any, layer.ever_active),
             momentum=self._pooled(self.reduce_grads, layer.momentum),
+            statistic=self._pooled(mean, layer.statistic),
         )
 
     def entries(self, mask: jax.Array, like: jax.Array) -> jax.Array:
@@ -212,11 +221,11 @@ class Blocks(Pattern):
             return None
         axes = self._axes(x.ndim)
         pooled = reduce(self._tiled(x), axes)
-        if reduce is not root_mean_square:
+        if reduce not in BY_SIZE:
             return pooled
         for axis, (n, b) in enumerate(zip(x.shape, self.block(x.shape), strict=True)):
             if n % b:  # the mean at the end of the axis is over n % b of b
-                factors = np.where(np.arange(pooled.shape[axis]) < n // b, 1, (b / (n % b)) ** 0.5)
+                factors = np.where(np.arange(pooled.shape[axis]) < n // b, 1, (b / (n % b)) ** BY_SIZE[reduce])
                 shape = [-1 if i == axis else 1 for i in range(x.ndim)]
                 pooled = pooled * jnp.asarray(factors.reshape(shape), pooled.dtype)
         return pooled

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax._tree import is_masked
 from agent_optax._validation import check_fraction, check_number, check_positive_int, is_concrete_number
 from agent_optax.sparsity._layer import Target
+from agent_optax.sparsity._pruned_leaf import PrunedLeaf
+from agent_optax.sparsity._rewiring import when
 from agent_optax.sparsity._rounding import tolerant_floor
-from agent_optax.sparsity._topology import Topology
+from agent_optax.sparsity._sparse_optimizer import SparseOptimizer
+from agent_optax.sparsity._state import SparsifyState, total
 from agent_optax.sparsity.selection._top_k import random_scores, select
-from agent_optax.sparsity.storages._latent import Latent
+from agent_optax.sparsity.storages._latent import LatentStep, LatentTopology, Reconnected
 
 
 def bayesian_rewiring(
@@ -80,23 +84,17 @@ def bayesian_rewiring(
 
 
 @dataclasses.dataclass(frozen=True)
-class BayesianRewiring(Topology):
+class BayesianRewiring(LatentTopology):
     """See `bayesian_rewiring`."""
 
     learning_rate: optax.ScalarOrSchedule
     steps_per_epoch: int
     noise_scale: optax.ScalarOrSchedule
     density: float | None
-    keeps_counts = False
-    is_layerwise = False
     counts_jointly = True
     supports_groups = False
     supports_blocks = False
     new_weight = 1e-12
-
-    def storage(self) -> Latent:
-        """Every position keeps a weight of its own."""
-        return Latent(self)
 
     @property
     def interval(self) -> int:
@@ -111,13 +109,26 @@ class BayesianRewiring(Topology):
         total = sum(target.num_units for target in targets)
         return jnp.asarray(tolerant_floor(self.density * total), jnp.int32)
 
-    def num_connections(self, topology_state: jax.Array) -> jax.Array:
-        """K."""
-        return topology_state
-
     def is_due(self, step: jax.Array) -> jax.Array:
         """Always."""
         return jnp.ones_like(step, dtype=bool)
+
+    def start_signs(self, masks: Any, params: optax.Params, key: jax.Array) -> Any:
+        """Those of the parameters, random where one is zero."""
+        keys = iter(jax.random.split(jax.random.fold_in(key, 2), max(len(jax.tree.leaves(masks)), 1)))
+
+        def sign(mask: Any, p: jax.Array) -> Any:
+            if is_masked(mask):
+                return mask
+            is_negative = jnp.where(p == 0, random_scores(next(keys), p) % 2 == 0, p < 0)
+            return jnp.where(is_negative, -1, 1).astype(jnp.int8)
+
+        return jax.tree.map(sign, masks, params, is_leaf=is_masked)
+
+    def noise(self, step: jax.Array, mask: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+        """On connected weights."""
+        std = self.noise_std(step).astype(weights.dtype)
+        return jnp.where(mask, std * jax.random.normal(key, weights.shape, weights.dtype), 0)
 
     def noise_std(self, step: jax.Array) -> jax.Array:
         """The standard deviation of the noise at this step, counted from 1."""
@@ -126,6 +137,35 @@ class BayesianRewiring(Topology):
             return number(step - 1) if callable(number) else number
 
         return jnp.sqrt(2 * jnp.asarray(at(self.learning_rate)) / self.steps_per_epoch) * at(self.noise_scale)
+
+    def reconnect(
+        self,
+        optimizer: SparseOptimizer,
+        pruned: Sequence[PrunedLeaf],
+        state: SparsifyState,
+        latent: LatentStep,
+        key: jax.Array,
+    ) -> Reconnected:
+        """Weights that keep their sign, and as many new ones as are missing."""
+        del optimizer, pruned
+        usable = latent.is_usable
+        signs = [s.astype(v.dtype) for s, v in zip(latent.signs, latent.weights, strict=True)]
+        survivors = [
+            jnp.where(usable, v * s > 0, old) for v, s, old in zip(latent.weights, signs, latent.connected, strict=True)
+        ]
+        num_connected = total([jnp.sum(m, dtype=jnp.int32) for m in survivors])
+        num_missing = jnp.where(usable, state.topology_state - num_connected, 0)
+
+        def grow(masks: list[jax.Array]) -> list[jax.Array]:
+            grown = self.grown(masks, jnp.maximum(num_missing, 0), key)
+            return [m | g for m, g in zip(masks, grown, strict=True)]
+
+        connected = when(num_missing > 0, grow, survivors)
+        weights = [
+            jnp.where(new & ~old, s * max(self.new_weight, float(jnp.finfo(v.dtype).smallest_normal)), v)
+            for new, old, v, s in zip(connected, survivors, latent.weights, signs, strict=True)
+        ]
+        return Reconnected(connected, survivors, weights, self.is_due(state.topology_step))
 
     def grown(self, connected: Sequence[jax.Array], num_missing: jax.Array, key: jax.Array) -> list[jax.Array]:
         """Masks of new connections, `num_missing` in all, or fewer when a layer that was drawn is full."""

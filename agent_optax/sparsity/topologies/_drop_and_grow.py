@@ -14,6 +14,7 @@ from agent_optax._tree import all_finite, is_masked, statistics_dtype
 from agent_optax._validation import check_fraction
 from agent_optax.sparsity._equal_layers import map_layers
 from agent_optax.sparsity._layer import Layer, Target
+from agent_optax.sparsity._running_score import RunningScore, observed_statistics, start_statistics
 from agent_optax.sparsity._topology import Topology
 from agent_optax.sparsity.selection._top_k import num_true, select
 from agent_optax.sparsity.topologies._redistribution import (
@@ -38,6 +39,7 @@ class DropAndGrowState(NamedTuple):
 
     gradient_momentum: Any  # like params: moving average of the dense gradients; None unless momentum is given
     redistribution: RedistributionState | None
+    drop_statistics: Any  # like params: what a running score keeps; None unless `drop` is one
 
 
 def drop_and_grow(
@@ -59,8 +61,8 @@ def drop_and_grow(
 
     Args:
         drop: the score of active weights: `weight_magnitude` (default, as in all of these methods), `taylor`,
-            `magnitude_by_sign`, or any function of (layer, key) that returns an array of the layer's shape; a layer has
-            the fields weights, mask, grads, ever_active and momentum.
+            `magnitude_by_sign`, `movement()`, `fisher()`, or any function of (layer, key) that returns an array of the
+            layer's shape; a layer has the fields weights, mask, grads, ever_active and momentum.
         grow: the score of inactive positions: `gradient_magnitude` (default, RigL), `at_random` (SET), `never_active`,
             `momentum_magnitude` (SNFS), or a function as above.
         update_every: optimizer steps between topology updates. Default 100 (RigL).
@@ -78,7 +80,7 @@ def drop_and_grow(
 
     Raises:
         ValueError: if an argument is out of range.
-        TypeError: if a score is not callable.
+        TypeError: if a score is not callable, or one but `drop` keeps a statistic.
 
     Example:
         >>> import agent_optax, optax
@@ -93,6 +95,10 @@ def drop_and_grow(
     for name, score in (("drop", drop), ("grow", grow), ("redistribute", redistribute)):
         if not callable(score) and not (name == "redistribute" and score is None):
             raise TypeError(f"{name} must be a score such as agent_optax.weight_magnitude, got {score!r}.")
+        if isinstance(score, RunningScore) and name != "drop":
+            raise TypeError(
+                f"{name} must be a score of the step alone, and {score!r} keeps a statistic: pass it as drop=."
+            )
     if momentum is not None:
         check_fraction("momentum", momentum, "it is the decay of a moving average, such as 0.9", below_one=True)
     return DropAndGrow(update_times(update_every, start, stop), drop_fraction, drop, grow, redistribute, momentum)
@@ -141,7 +147,7 @@ class DropAndGrow(Topology):
 
     def init(self, params: optax.Params, masks: Any, targets: Sequence[Target]) -> Any:
         """Zero momentum, no deficit."""
-        if self.momentum is None and self.redistribute is None:
+        if self.momentum is None and self.redistribute is None and not isinstance(self.drop, RunningScore):
             return ()
         momentum = redistribution = None
         if self.momentum is not None:
@@ -151,10 +157,13 @@ class DropAndGrow(Topology):
         if self.redistribute is not None:
             active = jnp.asarray(sum(target.num_active for target in targets), jnp.int32)
             redistribution = start_redistribution(active, statistics_dtype(params))
-        return DropAndGrowState(momentum, redistribution)
+        return DropAndGrowState(momentum, redistribution, start_statistics(self.drop, params, masks))
 
-    def observe(self, state: Any, grads: optax.Updates) -> Any:
+    def observe(self, state: Any, grads: optax.Updates, params: optax.Params) -> Any:
         r""":math:`m \leftarrow \beta m + (1 - \beta) g`; a gradient that is not finite is left out."""
+        if isinstance(self.drop, RunningScore):
+            statistics = observed_statistics(self.drop, state.drop_statistics, grads, params)
+            state = state._replace(drop_statistics=statistics)
         if self.momentum is None:
             return state
         beta, usable = self.momentum, all_finite(grads)
@@ -168,6 +177,11 @@ class DropAndGrow(Topology):
     def momenta(self, state: Any, num_layers: int) -> list[jax.Array | None]:
         """The moving averages that `observe` keeps."""
         return [None] * num_layers if self.momentum is None else jax.tree.leaves(state.gradient_momentum)
+
+    def statistics(self, state: Any, num_layers: int) -> list[jax.Array | None]:
+        """What the score by which to drop keeps."""
+        is_running = isinstance(self.drop, RunningScore)
+        return jax.tree.leaves(state.drop_statistics) if is_running else [None] * num_layers
 
     def is_due(self, step: jax.Array) -> jax.Array:
         """At start, start + update_every, ... below stop."""
