@@ -38,6 +38,7 @@ class Method:
     storage: Literal["dense", "compact"] = "compact"
     pattern: Any = None  # which masks are allowed, as sparsify takes it
     group: int | None = None  # sparse layers whose outputs share their inputs in groups of so many; None: dense kernels
+    candidates: float | None = None  # of topology updates of sparse layers, over the number of weights; None: all
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the setting
 
     def own(self, setting: Setting) -> Setting:
@@ -170,6 +171,9 @@ def _timed() -> dict[str, Method]:
             timed[f"sparse layers, {label}{correction}"] = dataclasses.replace(
                 method, group=32, changes={"topology": topology}
             )
+    for correction in ("", ", table"):
+        by_dense_gradient = timed[f"sparse layers, RigL{correction}"]
+        timed[f"sparse layers, RigL by candidates{correction}"] = dataclasses.replace(by_dense_gradient, candidates=1.0)
     return timed
 
 

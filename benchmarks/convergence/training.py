@@ -177,7 +177,14 @@ def _compiled(name: str, setting: Setting) -> Programs:
         def rewire(state: State, indices: jax.Array, step: int, key: jax.Array, data: Any) -> State:
             batch = data[0][indices], data[1][indices]
             params, connections, opt_state, _, _ = layers.rewire(
-                network.loss_fn, *state[:3], batch, tx=tx, topology=topology, step=step, key=key
+                network.loss_fn,
+                *state[:3],
+                batch,
+                tx=tx,
+                topology=topology,
+                step=step,
+                key=key,
+                candidates=method.candidates,
             )
             return State(params, connections, opt_state, state.average)
 
