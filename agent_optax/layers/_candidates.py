@@ -16,6 +16,7 @@ from agent_optax.layers._probe import Candidates, probed_loss
 from agent_optax.layers._sparse_layer import SparseLayer
 from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._topology import Topology
+from agent_optax.sparsity.selection._tiles import whole
 from agent_optax.sparsity.storages._positions import positions
 
 
@@ -116,10 +117,11 @@ def _rewired_among(
 
     The topology sees a layer that holds only these: columns of k weights and m candidates.
     """
-    weights, gradients = (
-        jnp.concatenate([connections.in_columns(own), candidates.in_columns(others)])
-        for own, others in ((values, jnp.zeros_like(grads[1])), grads)
-    )
+
+    def in_columns(own: jax.Array, others: jax.Array) -> jax.Array:
+        return jnp.concatenate([connections.in_columns(whole(own)), candidates.in_columns(whole(others))])
+
+    weights, gradients = in_columns(values, jnp.zeros_like(grads[1])), in_columns(*grads)
     k = connections.places.shape[1]
     exists = jnp.broadcast_to(jnp.arange(len(weights))[:, None] < k, weights.shape)
     units = connections.pattern.units(Layer(weights, exists, gradients, ever_active=None))

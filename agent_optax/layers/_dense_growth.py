@@ -15,6 +15,7 @@ from agent_optax.layers._probe import DensePart, probed_loss
 from agent_optax.layers._sparse_layer import SparseLayer, connections_in
 from agent_optax.sparsity._layer import Layer
 from agent_optax.sparsity._topology import Topology
+from agent_optax.sparsity.selection._tiles import whole
 
 
 class Part(NamedTuple):
@@ -108,6 +109,7 @@ def _in_units(
     connections: Connections, values: jax.Array, grads: jax.Array, start: jax.Array
 ) -> tuple[Layer, jax.Array]:
     """A part of a layer in units of its pattern, and whether its numbers are finite."""
+    values, grads = whole(values), whole(grads)
     units = connections.pattern.units(Layer(grads, jnp.ones_like(grads, dtype=bool), grads, ever_active=None))
     weights, mask = connections.unit_part(values, start, grads.shape[1])
     return units._replace(weights=weights, mask=mask), all_finite((grads, values))

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from agent_optax.sparsity.selection._tiles import laid_out_as, whole
+
 
 class Places(NamedTuple):
     """Where the weights of some connections are among the values of others, in the shape of the values."""
@@ -16,5 +18,5 @@ class Places(NamedTuple):
 
     def take(self, values: jax.Array, otherwise: jax.Array) -> jax.Array:
         """Values of the others, [..., *values_shape], at these weights; `otherwise` for those that they do not have."""
-        taken = jnp.take_along_axis(values, jnp.broadcast_to(self.place, values.shape), axis=-1)
-        return jnp.where(self.is_there, taken, otherwise)
+        taken = jnp.take_along_axis(whole(values), jnp.broadcast_to(self.place, values.shape), axis=-1)
+        return laid_out_as(jnp.where(self.is_there, taken, whole(otherwise)), like=values)

@@ -6,9 +6,11 @@ import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import agent_optax
 from agent_optax import layers
 
 pytestmark = pytest.mark.devices
@@ -31,6 +33,13 @@ def conv(x: jax.Array, values: jax.Array, connections: Any) -> jax.Array:
 
 
 PRODUCTS = {"dot": (dot, (8, 3, INPUTS)), "conv": (conv, (8, 5, 4, 4))}
+
+tx = optax.adam(0.1)
+
+
+def loss_fn(params: Any, x: jax.Array, connections: Any) -> jax.Array:
+    return jnp.sum(jnp.sin(layers.sparse_dot(x, params["hidden"], connections["hidden"])))
+
 
 if not eight_devices.ARE_HERE:
 
@@ -66,3 +75,27 @@ else:
         if axis_type == "Explicit":
             assert dx.sharding.is_equivalent_to(by_batch, x.ndim)
             assert y.sharding.spec[0] == "data" and (kind == "any mask" or y.sharding.spec[-1] == "model")
+
+    @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("candidates", [None, 1.0])
+    def test_rewiring_of_one_device(candidates: float | None, kind: str, axis_type: str) -> None:
+        connections = {"hidden": KINDS[kind]}
+        x = jax.random.normal(jax.random.key(1), (8, INPUTS))
+        params = {"hidden": jax.random.normal(jax.random.key(2), KINDS[kind].values_shape)}
+
+        def rewired(params: Any, connections: Any, x: jax.Array) -> layers.Rewired:
+            options: Any = {"tx": tx, "topology": agent_optax.rigl(1, 0.4), "step": 1, "key": jax.random.key(0)}
+            return layers.rewire(loss_fn, params, connections, tx.init(params), x, candidates=candidates, **options)
+
+        expected = rewired(params, connections, x)
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, axis_type),) * 2)
+        by_output = NamedSharding(mesh, PartitionSpec("model" if params["hidden"].ndim == 2 else None))
+        with eight_devices.set_mesh(mesh):
+            found = rewired(
+                jax.device_put(params, by_output),
+                jax.device_put(connections, NamedSharding(mesh, PartitionSpec())),
+                jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))),
+            )
+        assert found.params["hidden"].sharding.is_equivalent_to(by_output, params["hidden"].ndim)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))

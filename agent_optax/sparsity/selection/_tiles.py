@@ -81,6 +81,13 @@ def whole_axis(x: jax.Array, axis: int) -> jax.Array:
     return jax.sharding.reshard(x, _like(x, (*spec[:axis], None, *spec[axis + 1 :])))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """With explicit sharding, gathered along every axis."""
+    for axis in range(x.ndim):
+        x = whole_axis(x, axis)
+    return x
+
+
 def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """With explicit sharding, over the devices as `like` is."""
     spec = explicit_spec(like)
