@@ -35,6 +35,11 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def wide_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product in that dtype: in float16 that of small numbers would be zero."""
+    return a.astype(wide_dtype(a.dtype)) * b.astype(wide_dtype(b.dtype))
+
+
 def zero_like(params: optax.Params, dtype: Any) -> jax.Array:
     """A scalar zero for the state of `params`.
 

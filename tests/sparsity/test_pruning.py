@@ -181,3 +181,16 @@ def test_masks_of_and_overlap():
     j = float(agent_optax.mask_overlap(c, d))
     assert np.sum(c & d) == pytest.approx(2 * j / (1 + j) * 12)
     assert np.sum(c != d) == pytest.approx(2 * (1 - j) / (1 + j) * 12)
+
+
+def test_scores_of_half_precision_do_not_vanish() -> None:
+    """The product of a small weight and a small gradient is zero in float16."""
+    kernel = (0.05 * jax.random.normal(jax.random.key(0), (32, 16))).astype(jnp.float16)
+    x = jax.random.normal(jax.random.key(1), (8, 32), jnp.float16)
+
+    def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
+        return jnp.mean((batch @ params) ** 2) * jnp.float16(1e-3)
+
+    mask = agent_optax.score_masks(agent_optax.snip(loss_fn, x), kernel, sparsity=0.5)
+    scores = np.abs(np.asarray(kernel, np.float32) * np.asarray(jax.grad(loss_fn)(kernel, x), np.float32))
+    np.testing.assert_array_equal(mask, scores > np.median(scores))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from agent_optax._tree import wide_product
 from agent_optax.sparsity._where import kernels, prunable
 from agent_optax.sparsity.pruning._score_masks import NetworkScore
 
@@ -58,7 +59,7 @@ def grasp(loss_fn: Callable[[optax.Params, Any], jax.Array], batch: Any, where: 
         _, products = jax.jvp(gradient, (weights,), (gradient(weights),))
         scores: list[Any] = [None] * len(leaves)
         for i, w, product in zip(chosen, weights, products, strict=True):
-            scores[i] = w * product
+            scores[i] = wide_product(w, product)
         return treedef.unflatten(scores)
 
     return score

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agent_optax._tree import wide_product
 from agent_optax.sparsity.pruning._score_masks import NetworkScore
 
 
@@ -41,6 +42,6 @@ def snip(loss_fn: Callable[[optax.Params, Any], jax.Array], batch: Any) -> Netwo
     """
 
     def score(params: optax.Params) -> Any:
-        return jax.tree.map(lambda w, g: jnp.abs(w * g), params, jax.grad(loss_fn)(params, batch))
+        return jax.tree.map(lambda w, g: jnp.abs(wide_product(w, g)), params, jax.grad(loss_fn)(params, batch))
 
     return score

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agent_optax._tree import wide_dtype
+from agent_optax._tree import wide_dtype, wide_product
 from agent_optax.sparsity.pruning._score_masks import NetworkScore
 
 
@@ -54,6 +54,6 @@ def synflow(apply_fn: Callable[[optax.Params, Any], Any], inputs: Any) -> Networ
 
     def score(params: optax.Params) -> Any:
         positive = jax.tree.map(jnp.abs, params)
-        return jax.tree.map(lambda w, g: jnp.abs(w * g), positive, jax.grad(flow)(positive))
+        return jax.tree.map(lambda w, g: jnp.abs(wide_product(w, g)), positive, jax.grad(flow)(positive))
 
     return score
